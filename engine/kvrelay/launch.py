@@ -60,7 +60,8 @@ class ProcessWorkers:
                 self._processes[config.worker_id] = _start(config, log)
 
     def dead(self) -> list[tuple[WorkerId, str]]:
-        ended = [(w, process) for w, process in self._processes.items() if process.poll() is not None]
+        running = list(self._processes.items())  # a copy: the starting thread adds to it
+        ended = [(w, process) for w, process in running if process.poll() is not None]
         for worker_id, _ in ended:
             del self._processes[worker_id]
         return [(w, _reason(process.returncode, self._logs[w])) for w, process in ended]
@@ -97,11 +98,11 @@ class ThreadWorkers:
     def start(self, configs: Sequence[WorkerConfig]) -> None:
         for config in configs:
             thread = threading.Thread(target=self._serve, args=(config,), name=config.worker_id, daemon=True)
-            self._threads[config.worker_id] = thread
             thread.start()
+            self._threads[config.worker_id] = thread
 
     def dead(self) -> list[tuple[WorkerId, str]]:
-        ended = [w for w, thread in self._threads.items() if not thread.is_alive()]
+        ended = [w for w, thread in list(self._threads.items()) if not thread.is_alive()]
         for worker_id in ended:
             del self._threads[worker_id]
         return [(worker_id, self._reasons.get(worker_id, "its thread ended")) for worker_id in ended]

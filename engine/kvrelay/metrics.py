@@ -99,7 +99,7 @@ class WorkerTotals:
         self.busy_s[step.phase] += step.end_s - step.start_s
         self.num_tokens[step.phase] += sum(step.num_tokens.values())
         self.num_steps[step.phase] += 1
-        self.kv_bytes += step.num_bytes
+        self.kv_bytes += sum(step.moved_bytes.values())
 
 
 class PhaseReport(msgspec.Struct, kw_only=True):

@@ -156,7 +156,11 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepReport(Message):
-    """What one engine step did: one phase, its time, and the tokens each request got from it."""
+    """What one engine step did: one phase, its time, and the tokens each request got from it.
+
+    For the transfer phase `moved_bytes` says what was copied for whom, and a token counts once its last
+    layer has left. `end_s - start_s` is time at work: gaps between writes are left out.
+    """
 
     worker_id: WorkerId
     phase: Phase
@@ -165,7 +169,7 @@ class StepReport(Message):
     cpu_s: float
     num_tokens: dict[str, int]
     tokens: tuple[NewToken, ...] = ()
-    num_bytes: int = 0
+    moved_bytes: dict[str, int] = {}
 
 
 class Preempted(Message):

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from kvrelay.energy.records import Domain, PowerTable, WorkerSite
+from kvrelay.energy.power_model import PowerModel
+from kvrelay.energy.records import Domain, WorkerSite
 
 
 class NoMeter:
@@ -17,7 +18,7 @@ class NoMeter:
         self.why = "asked for by name"
 
     @classmethod
-    def open(cls, sites: Sequence[WorkerSite], power_model: PowerTable | None) -> "NoMeter":
+    def open(cls, sites: Sequence[WorkerSite], power_model: PowerModel | None) -> "NoMeter":
         """Always opens."""
         return cls()
 

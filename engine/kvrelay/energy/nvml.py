@@ -11,7 +11,8 @@ from typing import Any
 
 from kvrelay.energy.counter import UpdateClock, WrappingCounter
 from kvrelay.energy.nvml_boards import Board, board_of, list_boards, load_nvml, start_nvml
-from kvrelay.energy.records import Domain, PowerTable, WorkerSite
+from kvrelay.energy.power_model import PowerModel
+from kvrelay.energy.records import Domain, WorkerSite
 from kvrelay.errors import EnergyUnavailable
 
 COUNTER_MODULI_MJ = (2**32, 2**64)
@@ -43,7 +44,7 @@ class NvmlMeter:
             raise
 
     @classmethod
-    def open(cls, sites: Sequence[WorkerSite], power_model: PowerTable | None) -> "NvmlMeter":
+    def open(cls, sites: Sequence[WorkerSite], power_model: PowerModel | None) -> "NvmlMeter":
         """Opens the boards that `sites` run on; declared watts are not used. Raises `EnergyUnavailable`."""
         return cls(sites, load_nvml())
 
@@ -73,7 +74,9 @@ class NvmlMeter:
         found = [f"{self._lacking}: power readings are integrated instead"] if self._lacking else []
         for uuid, reading in self._readings.items():
             if reading.num_resets:
-                found.append(f"the counter of {uuid} was reset {reading.num_resets} times; joules are missing")
+                found.append(
+                    f"the counter of {uuid} was reset {reading.num_resets} times; joules are missing"
+                )
         return tuple(found)
 
     def sample(self, now_s: float) -> dict[str, float]:

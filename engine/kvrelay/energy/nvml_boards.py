@@ -37,14 +37,18 @@ def start_nvml(nvml: Any) -> None:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise EnergyUnavailable(f"nvml: {error}; install the NVIDIA driver, or expose it to this container") from error
+        raise EnergyUnavailable(
+            f"nvml: {error}; install the NVIDIA driver, or expose it to this container"
+        ) from error
 
 
 def list_boards(nvml: Any) -> list[Board]:
     """Every board of the host. Raises `EnergyUnavailable` when there is none."""
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        boards = [Board(_text(nvml.nvmlDeviceGetUUID(h)), _text(nvml.nvmlDeviceGetName(h)), h) for h in handles]
+        boards = [
+            Board(_text(nvml.nvmlDeviceGetUUID(h)), _text(nvml.nvmlDeviceGetName(h)), h) for h in handles
+        ]
     except nvml.NVMLError as error:
         raise EnergyUnavailable(f"nvml: listing boards failed: {error}") from error
     if not boards:
@@ -88,7 +92,9 @@ def _device_entry(site: WorkerSite, who: str) -> str:
     visible = [entry.strip() for entry in site.visible_devices.split(",")]
     shown = visible[: next((i for i, entry in enumerate(visible) if entry in ("", "-1")), len(visible))]
     if int(index) >= len(shown):
-        raise EnergyUnavailable(f"{who}: CUDA_VISIBLE_DEVICES={site.visible_devices!r} shows {len(shown)} boards")
+        raise EnergyUnavailable(
+            f"{who}: CUDA_VISIBLE_DEVICES={site.visible_devices!r} shows {len(shown)} boards"
+        )
     return shown[int(index)]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvrelay.energy.counter import UpdateClock, WrappingCounter
-from kvrelay.energy.records import Domain, PowerTable, WorkerSite
+from kvrelay.energy.power_model import PowerModel
+from kvrelay.energy.records import Domain, WorkerSite
 from kvrelay.errors import EnergyUnavailable
 
 ROOT = Path("/sys/class/powercap")
@@ -26,7 +27,9 @@ class RaplMeter:
     permission), or when a worker computes on something that is not the CPU.
     """
 
-    def __init__(self, sites: Sequence[WorkerSite], root: Path = ROOT, read: ReadText = Path.read_text) -> None:
+    def __init__(
+        self, sites: Sequence[WorkerSite], root: Path = ROOT, read: ReadText = Path.read_text
+    ) -> None:
         self.why = "asked for by name"
         elsewhere = [f"{site.worker_id} on {site.device}" for site in sites if site.device != "cpu"]
         if elsewhere:
@@ -37,7 +40,7 @@ class RaplMeter:
         self._domains = tuple(Domain(name=name, worker_ids=workers) for name in self._zones)
 
     @classmethod
-    def open(cls, sites: Sequence[WorkerSite], power_model: PowerTable | None) -> "RaplMeter":
+    def open(cls, sites: Sequence[WorkerSite], power_model: PowerModel | None) -> "RaplMeter":
         """Opens this host's packages; declared watts are not used. Raises `EnergyUnavailable`."""
         return cls(sites)
 

@@ -4,9 +4,9 @@ Knows nothing of how joules are read or split.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import get_args
 
 from kvrelay.errors import ProtocolError
 from kvrelay.types import Phase, Role
@@ -87,43 +87,3 @@ class Interval:
     start_s: float
     end_s: float
     joules: float
-
-
-class Meter(Protocol):
-    """A source of cumulative joules. One file and one line in `METERS` add another.
-
-    `source` is `nvml-counter`, `nvml-power`, `rapl`, `model(...)` with the watts spelled out, or None when
-    nothing is measured. `why` says why this meter was taken. `update_period_s` estimates the time between
-    two changes of the counter (None: unknown); it is never finer than the sampling. `warnings` lists what
-    a reader of the figures must know, such as a counter that was reset.
-    """
-
-    why: str
-
-    @property
-    def source(self) -> str | None: ...
-    @property
-    def domains(self) -> tuple[Domain, ...]: ...
-    @property
-    def update_period_s(self) -> float | None: ...
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
-    def sample(self, now_s: float) -> dict[str, float]:
-        """Joules per domain since the first sample, never falling. Raises `EnergyUnavailable`."""
-    def close(self) -> None: ...
-
-
-class MeterClass(Protocol):
-    """What `METERS` names: a class that opens the meter, or says why it cannot."""
-
-    def open(self, sites: Sequence[WorkerSite], power_model: "PowerTable | None") -> Meter:
-        """Raises `EnergyUnavailable` with the reason and the remedy."""
-    def probe(self) -> str:
-        """What is there to read on this host, in words. Raises `EnergyUnavailable` likewise."""
-
-
-class PowerTable(Protocol):
-    """User-declared watts; `kvrelay.energy.model.PowerModel` is the one implementation."""
-
-    @property
-    def label(self) -> str: ...

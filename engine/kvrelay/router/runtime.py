@@ -134,8 +134,10 @@ class Runtime:
             self._on_dead(worker_id, reason)
         self._check_silence(time.monotonic())
 
-    def _receive(self, timeout_s: float = 0) -> None:
-        while self._socket.poll(timeout_s * 1000):
+    def _receive(self, timeout_s: float = 0.0) -> None:
+        """Handle what has arrived; with a time-out, also what still arrives until then."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._socket.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
             identity, data = self._socket.recv_multipart()
             try:
                 message = wire.decode(data, "worker_to_router")

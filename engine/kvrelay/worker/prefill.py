@@ -1,6 +1,7 @@
 """The prefill side: computes prompts chunk by chunk and relays each layer's KV while the next is computed."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvrelay.errors import TransferFailed, TransportError
@@ -60,28 +61,32 @@ class PrefillSide:
         """Count completed writes; a job whose last write this was is handed over."""
         if not events:
             return
-        tokens: dict[str, int] = {}
+        moved_bytes: Counter[str] = Counter()
+        num_tokens: Counter[str] = Counter()
         for event in events:
             job = self._scheduler.get(event.write.ticket_id)
             if job is None:
                 continue
             job.num_outstanding_writes -= 1
+            job.last_write_s = event.end_s
             job.num_bytes_written += event.num_bytes
-            name = job.request.request_id
-            tokens[name] = tokens.get(name, 0) + len(event.write.source_blocks) * BLOCK_SIZE
-            self._finish_if_done(job)
-        busy_s = sum(event.end_s - event.start_s for event in events)
+            moved_bytes[job.request.request_id] += event.num_bytes
+            if event.write.layer == self._parts.store.layout.num_layers - 1:
+                num_tokens[job.request.request_id] += len(event.write.source_blocks) * BLOCK_SIZE
+        start_s = events[0].start_s
         self._parts.send(
             StepReport(
                 worker_id=self._parts.config.worker_id,
                 phase="transfer",
-                start_s=events[0].start_s,
-                end_s=events[0].start_s + busy_s,
+                start_s=start_s,
+                end_s=start_s + sum(event.end_s - event.start_s for event in events),
                 cpu_s=sum(event.cpu_s for event in events),
-                num_tokens=tokens,
-                num_bytes=sum(event.num_bytes for event in events),
+                num_tokens=dict(num_tokens),
+                moved_bytes=dict(moved_bytes),
             )
         )
+        for job in list(self._scheduler):
+            self._finish_if_done(job)
 
     def on_write_failed(self, event: WriteFailed) -> None:
         """Give the attempt up: part of its KV did not leave."""
@@ -90,12 +95,16 @@ class PrefillSide:
             self._give_up(job, TransferFailed(f"writing KV to {event.write.peer} failed: {event.reason}"))
 
     def renew(self, now_s: float) -> None:
-        """Keep the leases of all tickets held here alive, four times per lease."""
+        """Keep the leases of tickets held here alive, four times per lease; give up on writes that hang."""
         if now_s < self._next_renewal_s:
             return
-        self._next_renewal_s = now_s + self._parts.config.engine.lease_s / 4
+        lease_s = self._parts.config.engine.lease_s
+        self._next_renewal_s = now_s + lease_s / 4
         for job in list(self._scheduler):
-            if not job.is_local:
+            if job.num_outstanding_writes and now_s - job.last_write_s > lease_s:
+                reason = f"{job.num_outstanding_writes} KV writes did not complete within {lease_s:g} s"
+                self._give_up(job, TransferFailed(f"{job.request.request_id}: {reason}"))
+            elif not job.is_local:
                 self._notify(job, Filling(ticket_id=job.ticket.ticket_id))
 
     def close(self) -> None:
@@ -110,6 +119,7 @@ class PrefillSide:
             if job.is_local:
                 continue
             job.num_outstanding_writes += 1
+            job.last_write_s = time.monotonic()
             self._parts.transport.write(
                 Write(
                     ticket_id=job.ticket.ticket_id,
