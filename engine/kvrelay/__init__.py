@@ -5,18 +5,19 @@ neither torch nor transformers.
 """
 
 from kvrelay.config import EngineConfig
+from kvrelay.energy import RequestEnergy
 from kvrelay.llm import LLM, AsyncLLM, RequestsFailed
 from kvrelay.metrics import Report, Timings
-from kvrelay.outputs import Energy, RequestOutput, StreamEvent
+from kvrelay.outputs import RequestOutput, StreamEvent
 from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
 __all__ = [
     "LLM",
     "AsyncLLM",
-    "Energy",
     "EngineConfig",
     "Report",
+    "RequestEnergy",
     "RequestOutput",
     "RequestsFailed",
     "SamplingParams",

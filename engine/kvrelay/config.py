@@ -1,6 +1,6 @@
 """Settings: one owner and one default per field, validated by raising, never by editing.
 
-The only place that reads the environment (`KVRELAY_HOME`). Knows no tensors and starts nothing.
+The only place that reads the environment. Knows no tensors and starts nothing.
 """
 
 import os
@@ -25,6 +25,11 @@ def cache_home() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kvrelay"
+
+
+def cuda_visible_devices() -> str | None:
+    """The CUDA boards this process, and the workers it starts, may see; None when all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvrelay.config import EngineConfig, WorkerConfig, cache_home
+from kvrelay.energy import RequestEnergy
 from kvrelay.errors import EngineClosed, InvalidConfig, InvalidRequest
 from kvrelay.launch import open_workers
 from kvrelay.metrics import Report
 from kvrelay.models.hub import resolve
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
-from kvrelay.outputs import Detokenizer, Energy, OutputStream, StreamEvent
+from kvrelay.outputs import Detokenizer, OutputStream, StreamEvent
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
@@ -132,7 +133,7 @@ class Engine:
         if stream.on_update(update):
             self._runtime.router.finish(update.request_id, "stop", update.at_s)
 
-    def _energy(self, request_id: RequestId) -> Energy:
+    def _energy(self, request_id: RequestId) -> RequestEnergy:
         return self._runtime.measurement.request_energy(request_id)
 
     def _worker_configs(self, endpoint: str, directory: Path) -> list[WorkerConfig]:

@@ -142,7 +142,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     `window_s` is from the first request's arrival to the last delivery, and `output_tokens_per_s` is over
     it. Joules: `total_j` = the phases' + `idle_j`. `energy_source` says who measured, or which watts were
-    assumed; None when nobody did, and `energy_note` then says why.
+    assumed; None when nobody did, and `energy_note` then says why. `energy` is the meter's whole account.
     """
 
     window_s: float
@@ -158,6 +158,7 @@ class Report(msgspec.Struct, kw_only=True):
     output_tokens_per_joule: float | None
     energy_source: str | None
     energy_note: str
+    energy: dict[str, Any]
     workers: list[WorkerReport]
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvrelay.energy import RequestEnergy
 from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Timings
 from kvrelay.models.tokenizer import Tokenizer
@@ -15,17 +16,10 @@ from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.types import FinishReason, RequestId, TokenLogprobs
 
 
-class Energy(msgspec.Struct, frozen=True, kw_only=True):
-    """Joules spent on one request; None where nobody measured. `source` says who did, or on what assumption."""
-
-    prefill_j: float | None = None
-    transfer_j: float | None = None
-    decode_j: float | None = None
-    source: str | None = None
-
-
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished request. `text` ends before a stop string; `token_ids` holds every generated token."""
+    """One finished request. `text` ends before a stop string; `token_ids` holds every generated token.
+
+    `energy` is what the meter had seen by then; its parts are None where nobody measured."""
 
     request_id: RequestId
     prompt: str | None
@@ -35,7 +29,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
     timings: Timings
-    energy: Energy
+    energy: RequestEnergy
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +49,7 @@ class OutputStream:
     request: RoutedRequest
     prompt: str | None
     on_event: Callable[[StreamEvent], None]
-    energy: Callable[[RequestId], Energy]
+    energy: Callable[[RequestId], RequestEnergy]
     detokenizer: "Detokenizer"
     logprobs: list[TokenLogprobs]
 

@@ -119,7 +119,14 @@ def write(
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [([0], [5]), ([0, 1, 2], [3, 4, 5]), ([5, 0, 3], [1, 4, 2]), ([0, 1, 3], [2, 3, 4]), ([2], [2])],
+    [
+        ([0], [5]),
+        ([0, 1, 2], [3, 4, 5]),
+        ([0, 1, 2], [4, 1, 3]),
+        ([5, 0, 3], [1, 4, 2]),
+        ([0, 1, 3], [2, 3, 4]),
+        ([2], [2]),
+    ],
 )
 def test_bytes_arrive_where_the_indices_say_and_nowhere_else(
     pair: tuple[Side, Side], source: list[int], target: list[int]

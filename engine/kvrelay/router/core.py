@@ -40,6 +40,10 @@ class Router:
         self.workers: dict[WorkerId, WorkerTotals] = {}
         self.requests: dict[RequestId, RoutedRequest] = {}
         self.num_ended = {"finished": 0, "aborted": 0, "failed": 0, "preempted": 0, "retried": 0}
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self._first_arrival_s: float | None = None
+        self._last_delivery_s = 0.0
         self._loads: dict[WorkerId, Load] = {}
         self._writers: dict[TicketId, tuple[WorkerId, WorkerId]] = {}
 
@@ -64,6 +68,8 @@ class Router:
     def submit(self, request: RoutedRequest, now_s: float) -> None:
         """Take a request; it ends through `deliver`, even when no worker is left."""
         self.requests[request.request_id] = request
+        self.num_prompt_tokens += request.num_prompt_tokens
+        self._first_arrival_s = now_s if self._first_arrival_s is None else self._first_arrival_s
         request.ledger.add("arrived", now_s)
         self._dispatch(request, now_s)
 
@@ -111,6 +117,12 @@ class Router:
             if needs_prefill or request.decode == worker_id:
                 self._retry(request, error, now_s)
 
+    def window_s(self, now_s: float) -> float:
+        """Seconds from the first arrival to the last delivery, or to `now_s` while requests run."""
+        if self._first_arrival_s is None:
+            return 0.0
+        return (now_s if self.requests else self._last_delivery_s) - self._first_arrival_s
+
     def is_current(self, message: Mark | Reserved | Preempted | AttemptFailed | NewToken) -> bool:
         """Whether the message is about an attempt that is still going on."""
         request = self.requests.get(message.request_id)
@@ -129,6 +141,7 @@ class Router:
     def _on_token(self, request: RoutedRequest, token: NewToken, now_s: float) -> None:
         request.token_ids.append(token.token_id)
         request.ledger.token(now_s)
+        self.num_output_tokens += 1
         update = Update(
             request_id=request.request_id,
             token_id=token.token_id,
@@ -239,6 +252,7 @@ class Router:
         self.num_ended[kind] += 1
         self._unload(request)
         del self.requests[request.request_id]
+        self._last_delivery_s = update.at_s
         self._deliver(update)
 
     def _unload_prefill(self, request: RoutedRequest) -> None:

@@ -1,41 +1,124 @@
-"""The run's books: steps and energy in, one report out."""
+"""The run's books: engine steps and energy in, one report out."""
 
+import time
 from collections.abc import Sequence
 
-from kvrelay.config import EngineConfig
-from kvrelay.metrics import PHASES, Report, phase_report, ratio, worker_report
+from kvrelay.config import EngineConfig, cuda_visible_devices
+from kvrelay.energy import Activity, EnergyReader, EnergyReport, RequestEnergy, WorkerSite, open_meter
+from kvrelay.energy.power_model import parse_power_model
+from kvrelay.metrics import PHASES, Report, WorkerTotals, phase_report, ratio, worker_report
 from kvrelay.router.core import Router
+from kvrelay.types import RequestId, WorkerId
 from kvrelay.wire import Heartbeat, Hello, StepReport
+
+SAMPLE_EVERY_S = 0.02  # a request that ends samples the meter, at most this often
 
 
 class Measurement:
-    """Counts what the router's requests cost; lives on the router's thread, but for `close`."""
+    """Counts what the router's requests cost. Used on the router's thread only, but for `close`."""
 
     def __init__(self, config: EngineConfig, router: Router) -> None:
         self._config, self._router = config, router
+        self._power_model = None if config.power_model is None else parse_power_model(config.power_model)
+        self._reader: EnergyReader | None = None
+        self._sampled_s = 0.0
 
     def open(self, hellos: Sequence[Hello]) -> None:
-        """The workers are known: start the energy reader."""
+        """The workers are known: start the energy reader. Raises what `open_meter` raises."""
+        sites = [
+            WorkerSite(
+                worker_id=hello.worker_id,
+                pid=hello.pid,
+                device=hello.device,
+                role=hello.role,
+                num_threads=hello.num_threads,
+                visible_devices=cuda_visible_devices(),
+            )
+            for hello in hellos
+        ]
+        self._reader = EnergyReader(open_meter(self._config.meter, sites, self._power_model)).start()
 
     def on_step(self, step: StepReport) -> None:
-        """A worker did something."""
+        """A worker did something; energy is shared by tokens, that of a transfer by bytes."""
+        if self._reader is not None:
+            activity = Activity(
+                worker_id=step.worker_id,
+                phase=step.phase,
+                start_s=step.start_s,
+                end_s=step.end_s,
+                num_tokens=step.moved_bytes if step.phase == "transfer" else step.num_tokens,
+                cpu_s=step.cpu_s,
+            )
+            self._reader.add_activity(activity)
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
         """A worker has reported all it did up to then."""
+        if self._reader is not None:
+            self._reader.add_heartbeat(beat.worker_id, beat.at_s)
 
-    def request_energy(self, request_id):
-        from kvrelay.outputs import Energy
-        return Energy()
+    def on_worker_dead(self, worker_id: WorkerId) -> None:
+        """Nothing more will be reported by this worker."""
+        if self._reader is not None:
+            self._reader.retire_worker(worker_id)
+
+    def request_energy(self, request_id: RequestId) -> RequestEnergy:
+        """What the request has cost so far, as far as the meter has seen."""
+        if self._reader is None:
+            return RequestEnergy()
+        now_s = time.monotonic()
+        if now_s - self._sampled_s > SAMPLE_EVERY_S:
+            self._sampled_s = now_s
+            self._reader.sample_now()
+        return self._reader.request_energy(request_id)
 
     def report(self, now_s: float) -> Report:
-        workers = list(self._router.workers.values())
+        """Everything so far; the window of an unfinished run ends at `now_s`."""
+        router = self._router
+        workers = list(router.workers.values())
+        energy = self._energy()
+        window_s = router.window_s(now_s)
+        transfer_s = sum(worker.busy_s["transfer"] for worker in workers)
         kv_bytes = sum(worker.kv_bytes for worker in workers)
-        busy = sum(worker.busy_s["transfer"] for worker in workers)
         return Report(
-            window_s=0, num_requests=dict(self._router.num_ended), num_prompt_tokens=0, num_output_tokens=0,
-            output_tokens_per_s=None, phases={p: phase_report(p, workers, None) for p in PHASES},
-            kv_bytes_moved=kv_bytes, kv_gb_per_s=ratio(kv_bytes / 1e9, busy), total_j=None, idle_j=None,
-            output_tokens_per_joule=None, energy_source=None, energy_note="", workers=[worker_report(w, None) for w in workers])
+            window_s=window_s,
+            num_requests={**router.num_ended, "running": len(router.requests)},
+            num_prompt_tokens=router.num_prompt_tokens,
+            num_output_tokens=router.num_output_tokens,
+            output_tokens_per_s=ratio(router.num_output_tokens, window_s),
+            phases={phase: phase_report(phase, workers, energy.phase_j(phase)) for phase in PHASES},
+            kv_bytes_moved=kv_bytes,
+            kv_gb_per_s=ratio(kv_bytes / 1e9, transfer_s) if kv_bytes else None,
+            total_j=energy.gross_j,
+            idle_j=energy.idle_j,
+            output_tokens_per_joule=ratio(router.num_output_tokens, energy.gross_j),
+            energy_source=energy.source,
+            energy_note=self._energy_note(energy),
+            energy=energy.to_dict(),
+            workers=[worker_report(worker, _joules(energy, worker)) for worker in workers],
+        )
 
     def close(self) -> None:
         """Stop the energy reader."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _energy(self) -> EnergyReport:
+        if self._reader is None:
+            return EnergyReport(source=None, reason="the workers have not started")
+        self._reader.sample_now()
+        return self._reader.snapshot()
+
+    def _energy_note(self, energy: EnergyReport) -> str:
+        why = self._reader.meter.why if self._reader is not None else ""
+        notes = [energy.reason, why, energy.short_window_reason and f"short window: {energy.short_window_reason}"]
+        return "; ".join(dict.fromkeys(note for note in (*notes, *energy.warnings) if note))
+
+
+def _joules(energy: EnergyReport, worker: WorkerTotals) -> float | None:
+    """All that the worker is charged with: its phases, and its idle time where that is its own."""
+    found = energy.workers.get(worker.hello.worker_id)
+    if found is None:
+        return None
+    parts = (found.prefill_j, found.transfer_j, found.decode_j, found.idle_j)
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None

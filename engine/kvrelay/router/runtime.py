@@ -172,7 +172,11 @@ class Runtime:
         if self._waiting_for:
             return
         hellos = [worker.hello for worker in self.router.workers.values()]
-        self.measurement.open(hellos)
+        try:
+            self.measurement.open(hellos)
+        except KVRelayError as error:
+            self._not_ready(error)
+            return
         decodes = [hello for hello in hellos if hello.role == "decode"]
         for prefill in (hello for hello in hellos if hello.role == "prefill"):
             for decode in decodes:
@@ -200,6 +204,7 @@ class Runtime:
         self._not_ready(WorkerFailed(f"{worker_id} did not start: {reason}"))
         if worker_id in self.router.workers and not self._closing:
             logger.error("%s died: %s", worker_id, reason)
+            self.measurement.on_worker_dead(worker_id)
             self.router.on_worker_dead(worker_id, reason, time.monotonic())
 
     def _check_silence(self, now_s: float) -> None:

@@ -116,7 +116,7 @@ class Worker:
         self._parts.send(
             Heartbeat(
                 worker_id=self._parts.config.worker_id,
-                at_s=now_s,
+                at_s=self.prefill.reported_until(now_s),
                 num_free_blocks=pool.num_free,
                 num_blocks=pool.num_blocks,
                 num_running=len(self.decode.scheduler.running),

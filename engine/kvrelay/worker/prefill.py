@@ -68,7 +68,7 @@ class PrefillSide:
             if job is None:
                 continue
             job.num_outstanding_writes -= 1
-            job.last_write_s = event.end_s
+            job.last_write_s = job.unreported_s = event.end_s
             job.num_bytes_written += event.num_bytes
             moved_bytes[job.request.request_id] += event.num_bytes
             if event.write.layer == self._parts.store.layout.num_layers - 1:
@@ -107,6 +107,10 @@ class PrefillSide:
             elif not job.is_local:
                 self._notify(job, Filling(ticket_id=job.ticket.ticket_id))
 
+    def reported_until(self, now_s: float) -> float:
+        """The time before which every write that began has been reported."""
+        return min([now_s, *(job.unreported_s for job in self._scheduler if job.num_outstanding_writes)])
+
     def close(self) -> None:
         """Drop every job."""
         for job in list(self._scheduler):
@@ -118,8 +122,10 @@ class PrefillSide:
             job = chunk.job
             if job.is_local:
                 continue
-            job.num_outstanding_writes += 1
             job.last_write_s = time.monotonic()
+            if not job.num_outstanding_writes:
+                job.unreported_s = job.last_write_s
+            job.num_outstanding_writes += 1
             self._parts.transport.write(
                 Write(
                     ticket_id=job.ticket.ticket_id,

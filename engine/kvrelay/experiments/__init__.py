@@ -1,0 +1,1 @@
+"""Workloads, records and tables: what the command line and the benchmarks are made of."""
