@@ -43,6 +43,7 @@ class PagedAttention:
         self._is_decode = all(span.length == 1 for span in spans)
         if self._is_decode:
             self._block_table, self._mask = _decode_tables(spans, store)
+            self._tail_rows, self._tail_slots = _decode_tails(spans, store)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q `[T, num_q_heads, head_dim]`, k and v `[T, num_kv_heads, head_dim]`; out is shaped as q."""
@@ -62,6 +63,8 @@ class PagedAttention:
         num_kv_heads = k_pages.shape[1]
         rows = q.reshape(num_sequences, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
         k, v = (_gather(pages, self._block_table) for pages in (k_pages, v_pages))
+        for gathered in (k, v):  # a masked slot still counts as 0 x NaN if an earlier owner left NaN there
+            gathered[self._tail_rows, :, self._tail_slots] = 0
         out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=self._mask)
         return out.reshape(num_sequences, num_q_heads, head_dim)
 
@@ -105,8 +108,25 @@ def _slot_mapping(spans: Sequence[Span], block_size: int) -> torch.Tensor:
     slots = []
     for span in spans:
         positions = torch.arange(span.start, span.end)
-        slots.append(torch.tensor(span.block_ids)[positions // block_size] * block_size + positions % block_size)
+        slots.append(
+            torch.tensor(span.block_ids)[positions // block_size] * block_size + positions % block_size
+        )
     return torch.cat(slots)
+
+
+def _decode_tails(spans: Sequence[Span], store: KVStore) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and slot of every unused place in each sequence's last page, as two index lists."""
+    block_size = store.layout.block_size
+    rows: list[int] = []
+    slots: list[int] = []
+    for row, span in enumerate(spans):
+        unused = range(span.end, num_blocks(span.end, block_size) * block_size)
+        rows += [row] * len(unused)
+        slots += unused
+    device = store.device
+    return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(
+        slots, dtype=torch.int64, device=device
+    )
 
 
 def _decode_tables(spans: Sequence[Span], store: KVStore) -> tuple[torch.Tensor, torch.Tensor]:

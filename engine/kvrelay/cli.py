@@ -22,6 +22,7 @@ from kvrelay.experiments.tables import phase_table, worker_table
 from kvrelay.llm import LLM
 from kvrelay.models import hub
 from kvrelay.models.progress import progress_bar
+from kvrelay.outputs import RequestOutput
 from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
@@ -45,7 +46,8 @@ Transport = Annotated[str, typer.Option(help="How KV moves: shm, inproc, faulty:
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 PowerModel = Annotated[
-    str | None, typer.Option(help="Watts to assume where no meter is: idle_w=5,busy_w=20, or by role or device.")
+    str | None,
+    typer.Option(help="Watts to assume where no meter is: idle_w=5,busy_w=20, or by role or device."),
 ]
 
 
@@ -77,7 +79,9 @@ def models_list(json_output: Json = False) -> None:
         table.add_row(name, "", f"kvrelay models pull {name}", "")
     console.print(table)
     if json_output:
-        rows = [{"name": m.name, "path": str(m.path), "source": m.source, "num_bytes": m.num_bytes} for m in found]
+        rows = [
+            {"name": m.name, "path": str(m.path), "source": m.source, "num_bytes": m.num_bytes} for m in found
+        ]
         _print_json({"models": rows, "known": sorted(hub.KNOWN)})
 
 
@@ -118,7 +122,9 @@ def generate(
         power_model=power_model,
     )
     with LLM(model, **chosen) as llm:
-        prompts: Any = llm.render([[{"role": "user", "content": text}] for text in prompt]) if chat else prompt
+        prompts: Any = (
+            llm.render([[{"role": "user", "content": text}] for text in prompt]) if chat else prompt
+        )
         outputs = _stream(llm, prompts, params, quiet=json_output)
         summary = llm.report()
     if report:
@@ -211,9 +217,12 @@ def _settings(pairs: list[str] | None, **named: Any) -> dict[str, Any]:
     return named
 
 
-def _stream(llm: LLM, prompts: list[Any], params: SamplingParams, *, quiet: bool) -> list[Any]:
+def _stream(
+    llm: LLM, prompts: list[Any], params: SamplingParams, *, quiet: bool
+) -> list[RequestOutput | None]:
     """Print the first unfinished answer as it grows, then the others in order; all outputs in order."""
-    texts, outputs = [""] * len(prompts), [None] * len(prompts)
+    texts = [""] * len(prompts)
+    outputs: list[RequestOutput | None] = [None] * len(prompts)
     current = printed = 0
     for index, event in llm.stream_many(prompts, params):
         if event.error is not None:

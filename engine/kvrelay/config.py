@@ -89,7 +89,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         try:
             return msgspec.convert(settings, cls)
         except msgspec.ValidationError as error:
-            raise InvalidConfig(str(error)) from error.__cause__
+            if isinstance(error.__cause__, InvalidConfig):  # our own checks, wrapped on the way out
+                raise error.__cause__ from None
+            raise InvalidConfig(str(error)) from None
 
     def roles(self) -> list[tuple[WorkerId, Role]]:
         """The workers to start, `prefill-0, …, decode-0, …` or `colocated-0, …`."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvrelay.config import EngineConfig, WorkerConfig, cache_home
-from kvrelay.energy import RequestEnergy
-from kvrelay.errors import EngineClosed, InvalidConfig, InvalidRequest
+from kvrelay.energy import METERS, RequestEnergy, parse_power_model
+from kvrelay.errors import EngineClosed, InvalidConfig, InvalidRequest, KVRelayError, UnknownName
 from kvrelay.launch import open_workers
 from kvrelay.metrics import Report
 from kvrelay.models.hub import resolve
@@ -22,6 +22,7 @@ from kvrelay.outputs import Detokenizer, OutputStream, StreamEvent
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
+from kvrelay.transport import parse_transport
 from kvrelay.types import FinishReason, RequestId, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -35,7 +36,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        open_policy(config.policy)
+        _check_names(config)
         directory = resolve(config.model, cache_home())
         self.config = config
         self.spec = ModelSpec.from_directory(directory)
@@ -99,9 +100,8 @@ class Engine:
         )
         if self._is_closed:
             raise EngineClosed("the engine is closed")
-        self._runtime.call(lambda _: self._begin(stream, arrived_s)).add_done_callback(
-            lambda future: future.exception()
-        )
+        begun = self._runtime.call(lambda _: self._begin(stream, arrived_s))
+        begun.add_done_callback(lambda future: self._if_not_begun(stream, future.exception()))
         return request.request_id
 
     def finish(self, request_id: RequestId, reason: FinishReason = "abort") -> None:
@@ -125,6 +125,15 @@ class Engine:
     def _begin(self, stream: OutputStream, arrived_s: float) -> None:
         self._streams[stream.request.request_id] = stream
         self._runtime.router.submit(stream.request, arrived_s)
+
+    def _if_not_begun(self, stream: OutputStream, error: BaseException | None) -> None:
+        """A request that could not even be handed to the router still ends, with the reason."""
+        if error is None:
+            return
+        if not isinstance(error, KVRelayError):
+            error = KVRelayError(f"the request could not be started: {type(error).__name__}: {error}")
+        self._streams.pop(stream.request.request_id, None)
+        stream.on_event(StreamEvent(request_id=stream.request.request_id, error=error))
 
     def _on_update(self, update: Update) -> None:
         stream = self._streams[update.request_id]
@@ -153,6 +162,16 @@ class Engine:
             )
             for index, (worker_id, role) in enumerate(roles)
         ]
+
+
+def _check_names(config: EngineConfig) -> None:
+    """What can be refused before anything is started, is."""
+    open_policy(config.policy)
+    parse_transport(config.transport)
+    if config.meter not in (*METERS, "auto"):
+        raise UnknownName(f"meter={config.meter!r}: expected one of {', '.join(sorted([*METERS, 'auto']))}")
+    if config.power_model is not None:
+        parse_power_model(config.power_model)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

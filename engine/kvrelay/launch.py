@@ -35,7 +35,7 @@ class Workers(Protocol):
         """Start them all; returns at once."""
 
     def dead(self) -> list[tuple[WorkerId, str]]:
-        """Workers that ended since the last call, each with the reason, from its own log where it left one."""
+        """Workers that ended since the last call, each with the reason, from its own log if it left one."""
 
     def kill(self, worker_id: WorkerId) -> None:
         """End one at once; `dead` will report it."""

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -104,9 +105,7 @@ class LLM:
         unfinished: dict[int, RequestId] = {}
         try:
             for index, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
-                unfinished[index] = self.engine.submit(
-                    prompt, chosen, lambda event, index=index: events.put((index, event))
-                )
+                unfinished[index] = self.engine.submit(prompt, chosen, partial(_put, events, index))
             while unfinished:
                 index, event = events.get()
                 if event.output is not None or event.error is not None:
@@ -139,7 +138,9 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[StreamEvent]:
         """One prompt, piece by piece. Raises what the request failed with; leaving early aborts it."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[StreamEvent] = asyncio.Queue()
@@ -181,6 +182,10 @@ class AsyncLLM:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
 
 
+def _put(events: "queue.SimpleQueue[tuple[int, StreamEvent]]", index: int, event: StreamEvent) -> None:
+    events.put((index, event))
+
+
 def render_chat(engine: Engine, messages: Sequence[Message]) -> list[int]:
     """A conversation through the model's chat template, as token ids."""
     text = engine.tokenizer.apply_chat_template(messages)
@@ -197,9 +202,7 @@ def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

@@ -5,6 +5,7 @@ construction. Knows no clock, no tensors, no sockets.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -78,7 +79,7 @@ class Ledger:
             **parts,
             ttft_s=times[0] - arrived_s if times else None,
             e2e_s=end_s - arrived_s,
-            itl_s=[later - earlier for earlier, later in zip(times, times[1:], strict=False)],
+            itl_s=[later - earlier for earlier, later in pairwise(times)],
         )
 
 
@@ -198,8 +199,8 @@ def worker_report(totals: WorkerTotals, joules: float | None) -> WorkerReport:
         num_threads=hello.num_threads,
         load_s=hello.load_s,
         is_alive=totals.is_alive,
-        busy_s=dict(totals.busy_s),
-        num_tokens=dict(totals.num_tokens),
+        busy_s={phase: totals.busy_s[phase] for phase in PHASES},
+        num_tokens={phase: totals.num_tokens[phase] for phase in PHASES},
         joules=joules,
         num_blocks=hello.descriptor.num_blocks,
         peak_blocks=beat.peak_blocks if beat else 0,

@@ -69,7 +69,11 @@ class OutputStream:
         tokens = [] if update.token_id is None else [update.token_id]
         if update.logprobs is not None:
             self.logprobs.append(update.logprobs)
-        text = self.detokenizer.push(tokens, is_last=update.finish_reason is not None)
+        text = self.detokenizer.push(
+            tokens,
+            is_last=update.finish_reason is not None,
+            may_stop=len(self.token_ids) > self.request.params.min_tokens,
+        )
         if self.detokenizer.is_stopped and update.finish_reason is None:
             self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens))
             return True
@@ -103,15 +107,19 @@ class Detokenizer:
         self._stream = tokenizer.stream(prompt_token_ids)
         self._stop = stop
         self._num_emitted = 0
+        self._search_from = 0
         self.text = ""
         self.is_stopped = False
 
-    def push(self, token_ids: list[int], *, is_last: bool) -> str:
-        """Text that is certain now and was not before."""
+    def push(self, token_ids: list[int], *, is_last: bool, may_stop: bool = True) -> str:
+        """Text that is certain now and was not before. What comes while `may_stop` is False never stops."""
         if self.is_stopped:
             return ""
-        search_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        longest = max(map(len, self._stop), default=0)
+        search_from = max(self._search_from, len(self.text) - longest)
         self.text += self._stream.push(token_ids) + (self._stream.flush() if is_last else "")
+        if not may_stop:
+            self._search_from = search_from = len(self.text)
         found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
         if found:
             self.text, self.is_stopped = self.text[: min(found)], True

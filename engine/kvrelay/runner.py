@@ -10,10 +10,9 @@ import torch
 from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.store import KVStore
 from kvrelay.models.decoder import Decoder
-from kvrelay.sampler import Row, sample
+from kvrelay.sampler import Row, Sampled, sample
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
-from kvrelay.types import TokenLogprobs
 
 
 class Runner:
@@ -34,17 +33,17 @@ class Runner:
         self._forward(tokens, spans, after_layer)
 
     @torch.inference_mode()
-    def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, TokenLogprobs | None]]:
-        """One more token for each sequence; its last token's K and V are stored on the way."""
+    def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:
+        """One more token for each sequence, None where its logits are not finite; stores its K and V."""
         spans = [Span(sequence.num_cached, 1, sequence.block_ids) for sequence in batch]
         hidden = self._forward([sequence.token_ids[-1] for sequence in batch], spans, None)
         return sample(self.decoder.logits(hidden), [self._row(sequence) for sequence in batch])
 
     def copy_fence(self) -> Callable[[], None] | None:
-        """A wait for everything computed so far, for a thread that copies it; None when nothing is pending."""
+        """A wait for what has been launched so far, for the thread that copies it; None when all is done."""
         if self.store.device.type != "cuda":
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event.synchronize
 

@@ -30,22 +30,33 @@ class Row:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[tuple[int, TokenLogprobs | None]]:
-    """The next token of each row of `logits [R, vocab]` (float32, may be overwritten), with log-probabilities."""
+Sampled = tuple[int, TokenLogprobs | None]
+
+
+def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
+    """The next token of each row of `logits [R, vocab]` (float32, overwritten), with log-probabilities.
+
+    None for a row that holds NaN or +infinity, or nothing but -infinity: there is no token to choose there.
+    """
     for logit, row in zip(logits, rows, strict=True):
         _penalise(logit, row)
-    greedy = logits.argmax(dim=-1).tolist()
-    result = []
-    for logit, row, best in zip(logits, rows, greedy, strict=True):
+    largest, greedy = logits.max(dim=-1)  # NaN is larger than anything
+    result: list[Sampled | None] = []
+    for logit, row, best, is_sound in zip(
+        logits, rows, greedy.tolist(), largest.isfinite().tolist(), strict=True
+    ):
+        if not is_sound:
+            result.append(None)
+            continue
         token = best if row.params.temperature == 0 else _draw(logit, row)
         result.append((token, _logprobs(logit, row.params, token)))
     return result
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from (seed, position): two rounds of SplitMix64. Source: Steele et al., OOPSLA 2014."""
+    """A number in [0, 1) from (seed, position), by rounds of SplitMix64 (Steele et al., OOPSLA 2014)."""
     state = seed & _MASK
-    for word in (position, 0x5851F42D4C957F2D):
+    for word in (0x5851F42D4C957F2D, position):
         state = (state ^ word) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
@@ -65,14 +76,15 @@ def _penalise(logit: torch.Tensor, row: Row) -> None:
         logit[seen] = torch.where(values > 0, values / penalty, values * penalty)
     output = row.token_ids[row.num_prompt_tokens :]
     if output and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = torch.tensor(output, device=logit.device).unique(return_counts=True)
-        logit[tokens] -= params.presence_penalty + params.frequency_penalty * counts.to(logit.dtype)
+        counts = torch.bincount(torch.tensor(output, device=logit.device), minlength=logit.numel())
+        logit -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
 
 
 def _draw(logit: torch.Tensor, row: Row) -> int:
-    """Temperature, then top-k, top-p and min-p on what is left, then the inverse of the distribution function."""
+    """Temperature, top-k, then top-p and min-p on what is left, then the inverse distribution function."""
     params = row.params
-    values, tokens = (logit.double() / params.temperature).sort(descending=True, stable=True)
+    values, tokens = (logit - logit.max()).double().sort(descending=True, stable=True)
+    values = values / params.temperature
     if params.top_k > 0:
         values, tokens = values[: params.top_k], tokens[: params.top_k]
     probabilities = values.softmax(dim=-1)
@@ -89,6 +101,6 @@ def _logprobs(logit: torch.Tensor, params: SamplingParams, token: int) -> TokenL
     if params.logprobs is None:
         return None
     logprobs = logit.log_softmax(dim=-1)
-    values, tokens = logprobs.topk(params.logprobs)
+    values, tokens = logprobs.topk(min(params.logprobs, logprobs.numel()))
     top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, float(logprobs[token]), top)

@@ -17,17 +17,23 @@ WorkerId = NewType("WorkerId", str)
 TicketId = NewType("TicketId", str)
 Phase = Literal["prefill", "transfer", "decode"]
 Role = Literal["prefill", "decode", "colocated"]
+LifeEvent = Literal["prefill_started", "prefill_finished", "kv_committed", "decode_started"]
 FinishReason = Literal["stop", "length", "abort"]
 
 BLOCK_SIZE = 64
 LAYOUT_VERSION = 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_INTEGER = 2**31 - 1
 
 
 def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
     """Pages that `num_tokens` tokens occupy: the ceiling of the quotient."""
     return -(-num_tokens // block_size)
+
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,27 +67,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for field in _FLOATS:
+            msgspec.structs.force_setattr(self, field, _as_float(field, getattr(self, field)))
         for field, (ok, expected) in self._rules().items():
             if not ok:
                 raise InvalidRequest(f"{field}={getattr(self, field)!r}: expected {expected}")
 
     def _rules(self) -> dict[str, tuple[bool, str]]:
-        stops_ok = len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop)
+        stops_ok = len(self.stop) <= MAX_STOP_STRINGS and all(_is_text(stop) for stop in self.stop)
         return {
-            "max_tokens": (self.max_tokens >= 1, "an integer >= 1"),
+            "max_tokens": (1 <= self.max_tokens <= MAX_INTEGER, f"1 to {MAX_INTEGER}"),
             "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens={self.max_tokens}"),
             "temperature": (0.0 <= self.temperature < float("inf"), "a finite number >= 0"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            "top_k": (self.top_k >= -1, "an integer >= -1"),
+            "top_k": (-1 <= self.top_k <= MAX_INTEGER, f"-1 to {MAX_INTEGER}"),
             "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "None or 0 to 2**63-1"),
-            "stop": (stops_ok, f"at most {MAX_STOP_STRINGS} non-empty strings"),
+            "stop": (
+                stops_ok,
+                f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters",
+            ),
             "stop_token_ids": (
-                all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
+                all(_is_integer(token) and 0 <= token <= MAX_INTEGER for token in self.stop_token_ids),
                 "token ids >= 0",
             ),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "a finite number above 0"),
+            "repetition_penalty": (0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
             "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
             "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
         }
@@ -91,24 +102,42 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_text(value: object) -> bool:
+    """A string of allowed length that UTF-8 can carry: no lone surrogates."""
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_CHARACTERS:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _as_float(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{field}={value!r}: expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        assert isinstance(value, int)
+        raise InvalidRequest(
+            f"{field}=an integer of {value.bit_length()} bits: too large for a float"
+        ) from None
+
+
 def _check_kinds(params: SamplingParams) -> None:
     optional = {"seed", "logprobs"}
     for field in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
         value = getattr(params, field)
         if not _is_integer(value) and not (value is None and field in optional):
             raise InvalidRequest(f"{field}={value!r}: expected an integer")
-    floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    for field in floats:
-        value = getattr(params, field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"{field}={value!r}: expected a number")
+    if not isinstance(params.ignore_eos, bool):
+        raise InvalidRequest(f"ignore_eos={params.ignore_eos!r}: expected true or false")
     for field in ("stop", "stop_token_ids"):
         value = getattr(params, field)
-        if not isinstance(value, str | list | tuple) or (field == "stop_token_ids" and isinstance(value, str)):
+        if not isinstance(value, str | list | tuple) or (
+            field == "stop_token_ids" and isinstance(value, str)
+        ):
             raise InvalidRequest(f"{field}={value!r}: expected a list")
 
 
-class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
+class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What two workers must agree on before KV may move between them.
 
     One page of one layer holds K then V of `block_size` tokens, each `[num_kv_heads, block_size, head_dim]`.
@@ -144,7 +173,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(f"{f}: {getattr(self, f)!r} != {getattr(other, f)!r}" for f in fields)
 
 
-class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
+class TransferTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Permission to write one request's prompt KV into blocks that decode has reserved.
 
     Minted once by the decode worker; afterwards committed, aborted or expired, exactly once. `epoch` is the
@@ -162,7 +191,7 @@ class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float
 
 
-class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One attempt at one request as workers see it.
 
     `token_ids` is the prompt and, after a retry, the tokens already delivered; the first
@@ -186,7 +215,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.token_ids) - 1
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Natural-log probabilities at one output position: the chosen token's, and the most likely tokens'."""
 
     token_id: int

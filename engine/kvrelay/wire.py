@@ -12,6 +12,7 @@ from kvrelay.errors import ProtocolError
 from kvrelay.types import (
     FinishReason,
     KVLayout,
+    LifeEvent,
     Phase,
     RequestId,
     RequestSpec,
@@ -32,7 +33,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 # Descriptors and notifications of the data plane -----------------------------------------------------
 
 
-class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How peers reach one worker's KV pages: the transport's own address beside the common layout."""
 
     transport: str
@@ -43,13 +44,13 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     address: dict[str, str | int]
 
 
-class Filling(Message):
+class Filling(Message, frozen=True, kw_only=True):
     """Prefill to decode: the writer is at work on the ticket, or still has it queued. Renews the lease."""
 
     ticket_id: TicketId
 
 
-class Filled(Message):
+class Filled(Message, frozen=True, kw_only=True):
     """Prefill to decode: every write of the ticket is complete. `digests` is empty unless they are on."""
 
     ticket_id: TicketId
@@ -62,26 +63,26 @@ class Filled(Message):
 # Router to worker --------------------------------------------------------------------------------------
 
 
-class Connect(Message):
+class Connect(Message, frozen=True, kw_only=True):
     """Map the peer's pages and compare layouts; answered by `Connected`."""
 
     peer: Descriptor
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True, kw_only=True):
     """Reserve decode blocks for the request; answered by `Reserved` as soon as there is room."""
 
     request: RequestSpec
 
 
-class Prefill(Message):
+class Prefill(Message, frozen=True, kw_only=True):
     """Compute the request's KV and write it where the ticket says."""
 
     request: RequestSpec
     ticket: TransferTicket
 
 
-class Abort(Message):
+class Abort(Message, frozen=True, kw_only=True):
     """Stop an attempt: on the decode side, or, with its `ticket`, on the prefill side.
 
     The prefill side always answers `WriterGone`, whether or not it still had the job.
@@ -92,14 +93,14 @@ class Abort(Message):
     ticket: TransferTicket | None = None
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, kw_only=True):
     """Finish nothing, free everything, exit."""
 
 
 # Worker to router --------------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """A worker is loaded and listening."""
 
     worker_id: WorkerId
@@ -111,7 +112,7 @@ class Hello(Message):
     load_s: float
 
 
-class StartFailed(Message):
+class StartFailed(Message, frozen=True, kw_only=True):
     """A worker could not start; `error` is a class name of `kvrelay.errors`."""
 
     worker_id: WorkerId
@@ -119,7 +120,7 @@ class StartFailed(Message):
     message: str
 
 
-class Connected(Message):
+class Connected(Message, frozen=True, kw_only=True):
     """The handshake with one peer ended; `error` is empty when it succeeded."""
 
     worker_id: WorkerId
@@ -127,7 +128,7 @@ class Connected(Message):
     error: str = ""
 
 
-class Reserved(Message):
+class Reserved(Message, frozen=True, kw_only=True):
     """Decode blocks are reserved; `ticket` is None when there is nothing to prefill (one-token prompt)."""
 
     request_id: RequestId
@@ -136,16 +137,16 @@ class Reserved(Message):
     at_s: float
 
 
-class Mark(Message):
+class Mark(Message, frozen=True, kw_only=True):
     """A point in a request's life, on the host's monotonic clock."""
 
     request_id: RequestId
     attempt: int
-    event: str
+    event: LifeEvent
     at_s: float
 
 
-class NewToken(msgspec.Struct, frozen=True, kw_only=True):
+class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One generated token; `finish_reason` is set on the last."""
 
     request_id: RequestId
@@ -155,7 +156,7 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class StepReport(Message):
+class StepReport(Message, frozen=True, kw_only=True):
     """What one engine step did: one phase, its time, and the tokens each request got from it.
 
     For the transfer phase `moved_bytes` says what was copied for whom, and a token counts once its last
@@ -172,14 +173,14 @@ class StepReport(Message):
     moved_bytes: dict[str, int] = {}
 
 
-class Preempted(Message):
+class Preempted(Message, frozen=True, kw_only=True):
     """Decode needed the blocks; the attempt is over and its tokens so far stand."""
 
     request_id: RequestId
     attempt: int
 
 
-class AttemptFailed(Message):
+class AttemptFailed(Message, frozen=True, kw_only=True):
     """The attempt ended in an error; `retryable` says whether another attempt may succeed."""
 
     request_id: RequestId
@@ -189,14 +190,14 @@ class AttemptFailed(Message):
     retryable: bool
 
 
-class WriterGone(Message):
+class WriterGone(Message, frozen=True, kw_only=True):
     """The writer of a ticket can no longer write: worker to router, passed on to the decode worker."""
 
     ticket_id: TicketId
     decode_worker: WorkerId
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True, kw_only=True):
     """Everything the worker did up to `at_s` has been reported; and the state of its pool."""
 
     worker_id: WorkerId
@@ -210,7 +211,7 @@ class Heartbeat(Message):
     counters: dict[str, int]
 
 
-class Stopped(Message):
+class Stopped(Message, frozen=True, kw_only=True):
     """The worker's last message: whether every block came home."""
 
     worker_id: WorkerId

@@ -1,4 +1,4 @@
-"""Contract 4: every request ends exactly once, and as what it was, whatever the transport or a worker does."""
+"""Contract 4: every request ends exactly once, as what it was, whatever the transport or a worker does."""
 
 import os
 import signal
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engine import greedy, prompts, tiny_llm
 
 from kvrelay import LLM, RequestsFailed, StreamEvent
 from kvrelay.errors import EngineClosed, TransferFailed, WorkerFailed
+from tiny_engine import greedy, prompts, tiny_llm
 
 LENGTHS = (2, 64, 65, 130, 200, 300, 90, 10)
 FAULTS = {
@@ -60,12 +60,16 @@ def test_every_request_ends_once_with_the_right_tokens(tiny_directory: Path, fau
     assert any(key.startswith("fault_") for counter in counters for key in counter), "no fault was injected"
     for each in events:
         assert_ended_once(each)
-    assert [each[-1].output.token_ids for each in events if each[-1].output] == expected_tokens(tiny_directory)
+    assert [each[-1].output.token_ids for each in events if each[-1].output] == expected_tokens(
+        tiny_directory
+    )
     assert set(leaked.values()) == {0}
 
 
 @pytest.mark.parametrize("fault", ["bitflip=1", "truncate=1", "fail=1"])
-def test_a_transport_that_never_works_is_an_error_not_a_wrong_answer(tiny_directory: Path, fault: str) -> None:
+def test_a_transport_that_never_works_is_an_error_not_a_wrong_answer(
+    tiny_directory: Path, fault: str
+) -> None:
     with tiny_llm(tiny_directory, transport=f"faulty:inner=inproc,{fault}") as llm:
         with pytest.raises(RequestsFailed) as failure:
             llm.generate([*prompts(100, 200), [5]], greedy(4))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engine import greedy, prompts, tiny_llm
 
 from kvrelay import SamplingParams
+from tiny_engine import greedy, prompts, tiny_llm
 
 LENGTHS = (1, 2, 64, 65, 66, 129, 300)
 MAX_TOKENS = 140

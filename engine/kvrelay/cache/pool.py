@@ -56,4 +56,6 @@ class BlockPool:
         assert len(free) == len(self._free), "a block is twice on the free list"
         for block, references in enumerate(self._references):
             assert references >= 0, f"block {block} has {references} references"
-            assert (references == 0) == (block in free), f"block {block}: {references} owners, free list differs"
+            assert (references == 0) == (block in free), (
+                f"block {block}: {references} owners, free list differs"
+            )

@@ -44,6 +44,11 @@ class TicketBook:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that open tickets hold."""
+        return sum(len(entry.blocks) for entry in self._entries.values())
+
     def mint(self, request: RequestSpec, blocks: list[int], now_s: float) -> TransferTicket:
         """Promise `blocks` (already allocated; enough for all of `token_ids`) to a writer.
 

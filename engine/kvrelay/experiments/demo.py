@@ -40,7 +40,9 @@ def run_demo(model: str, settings: dict[str, Any], max_tokens: int, console: Con
     for table in (latency_table(outputs), phase_table(report), worker_table(report)):
         console.print(table)
     console.print(f"energy: {report.energy_source or 'unknown'} ({report.energy_note})", soft_wrap=True)
-    return make_record("demo", {"model": model, "max_tokens": max_tokens, **settings}, gate, _results(outputs, report))
+    return make_record(
+        "demo", {"model": model, "max_tokens": max_tokens, **settings}, gate, _results(outputs, report)
+    )
 
 
 def save(record: dict[str, Any], path: Path) -> Path:
@@ -52,7 +54,7 @@ def save(record: dict[str, Any], path: Path) -> Path:
 def _answer(
     llm: LLM, prompts: list[Any], params: SamplingParams, console: Console
 ) -> tuple[list[RequestOutput], list[tuple[float, float]]]:
-    """Stream all answers at once, printed in order; outputs and the client's own (TTFT, end-to-end) in seconds."""
+    """Stream all answers, printed in order; outputs, and the client's own (TTFT, end-to-end) seconds."""
     printer = _InOrder(console, len(prompts))
     outputs: dict[int, RequestOutput] = {}
     first_s: dict[int, float] = {}
@@ -107,9 +109,7 @@ class _InOrder:
         self._console.print(f"\n[dim]  … {done}, {speed}[/]\n")
 
 
-def _gate(
-    llm: LLM, report: Report, outputs: list[RequestOutput], clocks: list[tuple[float, float]]
-) -> Gate:
+def _gate(llm: LLM, report: Report, outputs: list[RequestOutput], clocks: list[tuple[float, float]]) -> Gate:
     """What must be true for the figures to mean anything."""
     spec = llm.engine.spec
     item = {"float32": 4}.get(report.workers[0].dtype, 2)
@@ -122,7 +122,8 @@ def _gate(
     return Gate(
         checks={
             "every request finished": all(o.finish_reason in ("stop", "length") for o in outputs),
-            "workers are processes of their own": os.getpid() not in pids and len(pids) == len(report.workers),
+            "workers are processes of their own": os.getpid() not in pids
+            and len(pids) == len(report.workers),
             "KV bytes moved are those of the prefilled blocks": not is_split
             or report.kv_bytes_moved == blocks * 64 * token_bytes,
             "ledger parts sum to end-to-end time": all(abs(a - b) <= 0.01 * b for a, b in ledgers),

@@ -34,7 +34,9 @@ def _devices() -> list[Finding]:
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
-    detail = f"{cores} cores, {capability}, {memory.available / 2**30:.1f} GiB free, torch {torch.__version__}"
+    detail = (
+        f"{cores} cores, {capability}, {memory.available / 2**30:.1f} GiB free, torch {torch.__version__}"
+    )
     found = [Finding(area="device", name="cpu", available=True, detail=detail)]
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -56,7 +58,9 @@ def _meters() -> list[Finding]:
 
 
 def _transports() -> list[Finding]:
-    reasons = {} if sys.platform.startswith("linux") else {"shm": f"needs Linux memfd; this is {sys.platform}"}
+    reasons = (
+        {} if sys.platform.startswith("linux") else {"shm": f"needs Linux memfd; this is {sys.platform}"}
+    )
     return [
         Finding(area="transport", name=name, available=name not in reasons, detail=reasons.get(name, "ready"))
         for name in TRANSPORTS
@@ -65,19 +69,28 @@ def _transports() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     triton = importlib.util.find_spec("triton") is not None
-    detail = "installed" if triton else "not installed; pip install triton (it comes with CUDA builds of torch)"
+    detail = (
+        "installed" if triton else "not installed; pip install triton (it comes with CUDA builds of torch)"
+    )
     return [Finding(area="kernels", name="triton", available=triton, detail=detail)]
 
 
 def _compilers() -> list[Finding]:
     path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    detail = path or "none found; the CPU kernels' batched-torch path is used (install g++ for the faster one)"
+    detail = (
+        path or "none found; the CPU kernels' batched-torch path is used (install g++ for the faster one)"
+    )
     return [Finding(area="compiler", name="C++", available=path is not None, detail=detail)]
 
 
 def _models(home: Path) -> list[Finding]:
     found = [
-        Finding(area="model", name=model.name, available=True, detail=f"{model.num_bytes / 1e6:.0f} MB, {model.source}")
+        Finding(
+            area="model",
+            name=model.name,
+            available=True,
+            detail=f"{model.num_bytes / 1e6:.0f} MB, {model.source}",
+        )
         for model in pulled(home)
     ]
     nothing = "none pulled yet; kvrelay models pull smollm2-135m-instruct"

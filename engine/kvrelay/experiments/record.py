@@ -1,4 +1,4 @@
-"""The JSON document that every benchmark ends with: where a figure came from, and whether it may be believed."""
+"""The JSON document every benchmark ends with: where a figure came from, and whether to believe it."""
 
 import json
 import os
@@ -101,5 +101,9 @@ def _source_state() -> tuple[str | None, bool | None]:
 def _relative(arguments: list[str]) -> list[str]:
     """The command without the machine's own paths."""
     here = os.getcwd() + os.sep
-    return [Path(argument).name if os.path.isabs(argument) and not argument.startswith(here) else
-            argument.removeprefix(here) for argument in arguments]
+    return [
+        Path(argument).name
+        if os.path.isabs(argument) and not argument.startswith(here)
+        else argument.removeprefix(here)
+        for argument in arguments
+    ]

@@ -14,7 +14,9 @@ UNKNOWN = "–"
 def phase_table(report: Report) -> Table:
     """Tokens, speed and energy by phase. The energy columns say whether they were measured or modelled."""
     label = energy_label(report.energy_source)
-    table = _table("What each phase did", "phase", "tokens", "busy s", "tokens/s", f"J {label}", f"tokens/J {label}")
+    table = _table(
+        "What each phase did", "phase", "tokens", "busy s", "tokens/s", f"J {label}", f"tokens/J {label}"
+    )
     for name, phase in report.phases.items():
         figures = (phase.busy_s, phase.tokens_per_s, phase.joules, phase.tokens_per_joule)
         table.add_row(name, str(phase.num_tokens), *(_number(figure) for figure in figures))
@@ -26,14 +28,24 @@ def phase_table(report: Report) -> Table:
 
 def worker_table(report: Report) -> Table:
     """One row per worker process."""
-    headings = ("worker", "pid", "device", "dtype", "prefill s", "transfer s", "decode s", "KV sent", "blocks")
+    headings = (
+        "worker",
+        "pid",
+        "device",
+        "dtype",
+        "prefill s",
+        "transfer s",
+        "decode s",
+        "KV sent",
+        "blocks",
+    )
     table = _table("Workers", *headings)
     for worker in report.workers:
         busy = (_number(worker.busy_s[phase]) for phase in ("prefill", "transfer", "decode"))
         sent = f"{worker.kv_bytes_written / 1e6:.1f} MB"
         blocks = f"{worker.peak_blocks}/{worker.num_blocks}"
         state = worker.worker_id if worker.is_alive else f"{worker.worker_id} (dead)"
-        table.add_row(state, str(worker.pid), worker.device, worker.dtype, *busy, sent, blocks)
+        table.add_row(state, str(worker.pid), f"{worker.device} {worker.dtype}", *busy, sent, blocks)
     return table
 
 
@@ -55,7 +67,7 @@ def _table(title: str, *headings: str) -> Table:
     """Text columns to the left, numbers to the right, narrow enough for 80 characters."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        is_text = heading in ("phase", "worker", "device", "dtype")
+        is_text = heading in ("phase", "worker", "device")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     return table
 

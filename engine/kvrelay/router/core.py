@@ -56,13 +56,13 @@ class Router:
         """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
         needed = num_blocks(max_total_tokens)
         for role in ("prefill", "decode"):
-            totals = [self.workers[load.worker_id] for load in self._alive(role)]
-            if totals and all(worker.hello.descriptor.num_blocks < needed for worker in totals):
-                largest = max(totals, key=lambda worker: worker.hello.descriptor.num_blocks)
+            pools = {load.worker_id: self._num_blocks(load.worker_id) for load in self._alive(role)}
+            if pools and max(pools.values()) < needed:
+                largest = max(pools, key=lambda worker_id: pools[worker_id])
                 raise PoolTooSmall(
                     f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
                     f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
-                    f"{largest.hello.worker_id} has {largest.hello.descriptor.num_blocks}"
+                    f"{largest} has {pools[largest]}"
                 )
 
     def submit(self, request: RoutedRequest, now_s: float) -> None:
@@ -130,7 +130,9 @@ class Router:
 
     def has_work(self, worker_id: WorkerId) -> bool:
         """Whether any request is waiting for this worker."""
-        return any(worker_id in (request.prefill, request.decode) for request in self.requests.values())
+        owes_writer_gone = any(writer == worker_id for writer, _ in self._writers.values())
+        requests = self.requests.values()
+        return owes_writer_gone or any(worker_id in (request.prefill, request.decode) for request in requests)
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
         self.workers[step.worker_id].add(step)
@@ -217,11 +219,11 @@ class Router:
         self._dispatch(request, now_s, error)
 
     def _dispatch(self, request: RoutedRequest, now_s: float, cause: KVRelayError | None = None) -> None:
-        prefills, decodes = self._alive("prefill"), self._alive("decode")
+        needed = num_blocks(request.max_total_tokens)
+        prefills = [load for load in self._alive("prefill") if self._num_blocks(load.worker_id) >= needed]
+        decodes = [load for load in self._alive("decode") if self._num_blocks(load.worker_id) >= needed]
         if not prefills or not decodes:
-            role = "decode" if prefills else "prefill"
-            error = cause or WorkerFailed(f"no {role} worker is alive")
-            request.prefill = request.decode = None
+            error = cause or self._no_room("decode" if prefills else "prefill", request)
             self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
             return
         decode = self._policy.decode(decodes)
@@ -232,6 +234,16 @@ class Router:
         self._loads[prefill].num_prefill_tokens += request.attempt_tokens
         self._loads[decode].num_requests += 1
         self._say(decode, Reserve(request=request.spec()))
+
+    def _no_room(self, role: str, request: RoutedRequest) -> KVRelayError:
+        try:
+            self.check_fits(request.num_prompt_tokens, request.max_total_tokens)
+        except PoolTooSmall as error:
+            return error
+        return WorkerFailed(f"no {role} worker is alive")
+
+    def _num_blocks(self, worker_id: WorkerId) -> int:
+        return self.workers[worker_id].hello.descriptor.num_blocks
 
     def _cancel_attempt(self, request: RoutedRequest) -> None:
         """Stop both sides. Decode keeps the ticket's blocks until the writer has said that it is gone."""

@@ -110,7 +110,11 @@ class Measurement:
 
     def _energy_note(self, energy: EnergyReport) -> str:
         why = self._reader.meter.why if self._reader is not None else ""
-        notes = [energy.reason, why, energy.short_window_reason and f"short window: {energy.short_window_reason}"]
+        notes = [
+            energy.reason,
+            why,
+            energy.short_window_reason and f"short window: {energy.short_window_reason}",
+        ]
         return "; ".join(dict.fromkeys(note for note in (*notes, *energy.warnings) if note))
 
 

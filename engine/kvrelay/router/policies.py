@@ -24,7 +24,7 @@ class Load:
 
 
 class Policy(Protocol):
-    """Chooses among workers that are alive; neither list is empty. In a colocated engine both are the same."""
+    """Chooses among living workers; no list is empty. Colocated, decode's choice holds for both."""
 
     def prefill(self, workers: Sequence[Load]) -> WorkerId:
         """The worker that computes the prompt."""

@@ -84,13 +84,16 @@ class Runtime:
             raise WorkerFailed(f"not ready after {timeout_s:g} s; still waiting for {missing}") from None
 
     def call(self, function: Callable[[float], Result]) -> "Future[Result]":
-        """Run `function(now_s)` on the router's thread. The future fails with `EngineClosed` after `close`."""
+        """Run `function(now_s)` on the router's thread; the future holds what it returns or raises.
+
+        After `close` it holds `EngineClosed`.
+        """
         future: Future[Result] = Future()
 
         def command() -> None:
             try:
                 future.set_result(function(time.monotonic()))
-            except KVRelayError as error:
+            except Exception as error:  # noqa: BLE001  it is the caller's, whatever it is
                 future.set_exception(error)
 
         if not self._thread.is_alive() or self._closing:
@@ -118,10 +121,10 @@ class Runtime:
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
         try:
             while not self._closing:
-                poller.poll(TICK_S * 1000)
+                poller.poll(int(TICK_S * 1000))
                 self._step()
             self._shut_down()
-        except Exception as error:  # noqa: BLE001  a bug here must end every request, never hang it
+        except Exception as error:
             logger.exception("the router's thread failed")
             self._fail_all(KVRelayError(f"the router failed: {type(error).__name__}: {error}"))
 
@@ -137,7 +140,7 @@ class Runtime:
     def _receive(self, timeout_s: float = 0.0) -> None:
         """Handle what has arrived; with a time-out, also what still arrives until then."""
         deadline_s = time.monotonic() + timeout_s
-        while self._socket.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        while self._socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
             identity, data = self._socket.recv_multipart()
             try:
                 message = wire.decode(data, "worker_to_router")
@@ -210,7 +213,11 @@ class Runtime:
     def _check_silence(self, now_s: float) -> None:
         for worker_id, totals in self.router.workers.items():
             silent_s = now_s - self._heard_s.get(worker_id, now_s)
-            if totals.is_alive and silent_s > self._config.worker_timeout_s and self.router.has_work(worker_id):
+            if (
+                totals.is_alive
+                and silent_s > self._config.worker_timeout_s
+                and self.router.has_work(worker_id)
+            ):
                 logger.error("%s was silent for %.0f s: ended", worker_id, silent_s)
                 self._heard_s[worker_id] = now_s
                 self._watch.kill(worker_id)
@@ -220,6 +227,8 @@ class Runtime:
             self._commands.popleft()()
         self._fail_all(EngineClosed("the engine was closed while the request ran"))
         self._not_ready(EngineClosed("the engine was closed before it was ready"))
+        for worker_id in self._waiting_for:  # still loading: it does not listen yet
+            self._watch.kill(worker_id)
         alive = {worker_id for worker_id, totals in self.router.workers.items() if totals.is_alive}
         for worker_id in alive:
             self._send(worker_id, Shutdown())

@@ -46,7 +46,9 @@ class DecodeScheduler:
             return None
         needed = num_blocks(len(self.waiting[0].token_ids))
         growth = len(self.running) + num_open_tickets
-        if not self._pool.can_allocate(needed + growth) and not (growth == 0 and self._pool.can_allocate(needed)):
+        if not self._pool.can_allocate(needed + growth) and not (
+            growth == 0 and self._pool.can_allocate(needed)
+        ):
             return None
         return self.waiting.pop(0), self._pool.allocate(needed)
 
@@ -75,9 +77,7 @@ class DecodeScheduler:
                 batch.append(sequence)
         return batch, preempted
 
-    def finish_reason(
-        self, sequence: DecodeSequence, eos_token_ids: frozenset[int]
-    ) -> FinishReason | None:
+    def finish_reason(self, sequence: DecodeSequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends after its newest token; None when it goes on."""
         params, token = sequence.request.params, sequence.token_ids[-1]
         num_output = len(sequence.token_ids) - sequence.request.num_prompt_tokens

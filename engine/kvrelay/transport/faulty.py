@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from kvrelay.cache.store import KVStore
-from kvrelay.errors import InvalidConfig
+from kvrelay.errors import InvalidConfig, TransportError
 from kvrelay.transport.base import (
+    Notice,
     Notification,
     Site,
     Transport,
@@ -26,9 +27,11 @@ from kvrelay.transport.base import (
     WriteFailed,
 )
 from kvrelay.types import TicketId, WorkerId
+from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Descriptor
 
 FAULTS = ("drop", "duplicate", "reorder", "delay", "fail", "hang", "truncate", "bitflip")
+MAX_NUMBER = {"seed": 2.0**53, "limit": 2.0**53, "delay_s": 60.0}  # of an option that is no probability
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,23 +42,31 @@ class _Held:
     is_write: bool
 
 
+@dataclasses.dataclass(slots=True)
+class _Tampered:
+    posted: Write
+    asked: Write
+    flip: tuple[int, int] | None  # byte and bit; None: the write was truncated
+
+
 class FaultyTransport:
     """See `Transport`; `counters["fault_NAME"]` counts what was done."""
 
     def __init__(self, site: Site, options: dict[str, str]) -> None:
         from kvrelay.transport import open_transport
 
-        options = dict(options)
-        self._inner: Transport = open_transport(options.pop("inner", "shm"), site)
-        numbers = {key: _number(key, value) for key, value in options.items()}
+        inner = options.get("inner", "shm")
+        numbers = {key: _number(key, value) for key, value in options.items() if key != "inner"}
         self._random = random.Random(f"{numbers.pop('seed', 0)}/{site.worker_id}")
         self._delay_s = numbers.pop("delay_s", 0.02)
-        self._remaining = int(numbers.pop("limit", 1 << 62))
+        self._remaining = int(numbers.pop("limit", MAX_NUMBER["limit"]))
         self._chance = numbers
         self._held: list[_Held] = []
         self._outcomes: list[TransportEvent] = []
-        self._tampered: dict[int, tuple[Write, str]] = {}
+        self._tampered: list[_Tampered] = []
         self.counters: dict[str, int] = {}
+        self._inner: Transport = open_transport(inner, site)
+        self._wakeup = Wakeup()
 
     def allocate(self, num_bytes: int) -> memoryview:
         return self._inner.allocate(num_bytes)
@@ -71,17 +82,14 @@ class FaultyTransport:
             return
         if self._strikes("fail"):
             self._outcomes.append(WriteFailed(write, "fault injected"))
+            self._wakeup.set()
         elif self._strikes("truncate"):
             half = len(write.source_blocks) // 2
-            short = dataclasses.replace(
-                write, source_blocks=write.source_blocks[:half], target_blocks=write.target_blocks[:half]
-            )
-            self._tampered[id(short)] = (write, "truncate")
-            self._inner.write(short)
+            sources, targets = write.source_blocks[:half], write.target_blocks[:half]
+            self._post_tampered(write, sources, targets, None)
         elif self._strikes("bitflip"):
-            copy = dataclasses.replace(write)
-            self._tampered[id(copy)] = (write, "bitflip")
-            self._inner.write(copy)
+            flip = (self._random.randrange(64), self._random.randrange(8))
+            self._post_tampered(write, write.source_blocks, write.target_blocks, flip)
         elif self._strikes("delay"):
             self._hold(write.ticket_id, lambda: self._inner.write(write), is_write=True)
         else:
@@ -89,6 +97,7 @@ class FaultyTransport:
 
     def cancel(self, ticket_id: TicketId) -> None:
         self._held = [held for held in self._held if held.ticket_id != ticket_id or not held.is_write]
+        self._tampered = [each for each in self._tampered if each.asked.ticket_id != ticket_id]
         self._outcomes = [
             event
             for event in self._outcomes
@@ -111,16 +120,20 @@ class FaultyTransport:
             self._hold(message.ticket_id, send, is_write=False)
 
     def poll(self) -> list[TransportEvent]:
+        self._wakeup.clear()
         now_s = time.monotonic()
         due = [held for held in self._held if held.release_s <= now_s]
         self._held = [held for held in self._held if held.release_s > now_s]
         for held in due:
-            held.action()
+            try:
+                held.action()
+            except TransportError:
+                self._count("late_failure")  # as if it had been lost
         outcomes, self._outcomes = self._outcomes, []
         return outcomes + [self._tamper(event) for event in self._inner.poll()]
 
     def pollables(self) -> list[Any]:
-        return self._inner.pollables()
+        return [*self._inner.pollables(), self._wakeup.fileno()]
 
     def telemetry(self) -> dict[str, int]:
         return self._inner.telemetry() | self.counters
@@ -128,6 +141,7 @@ class FaultyTransport:
     def close(self) -> None:
         self._held.clear()
         self._inner.close()
+        self._wakeup.close()
 
     def _hold(self, ticket_id: TicketId, action: Callable[[], None], *, is_write: bool) -> None:
         release_s = time.monotonic() + self._delay_s * self._random.random()
@@ -137,21 +151,34 @@ class FaultyTransport:
         if self._remaining <= 0 or self._random.random() >= self._chance.get(fault, 0.0):
             return False
         self._remaining -= 1
-        self.counters[f"fault_{fault}"] = self.counters.get(f"fault_{fault}", 0) + 1
+        self._count(fault)
         return True
+
+    def _count(self, fault: str) -> None:
+        self.counters[f"fault_{fault}"] = self.counters.get(f"fault_{fault}", 0) + 1
+
+    def _post_tampered(self, write: Write, sources: Any, targets: Any, flip: tuple[int, int] | None) -> None:
+        posted = dataclasses.replace(write, source_blocks=sources, target_blocks=targets)
+        self._tampered.append(_Tampered(posted, write, flip))
+        self._inner.write(posted)
 
     def _tamper(self, event: TransportEvent) -> TransportEvent:
         """Report a tampered write as if it had been whole; flip a bit of what it wrote if that is due."""
-        if not isinstance(event, WriteDone) or id(event.write) not in self._tampered:
+        if isinstance(event, Notice):
             return event
-        write, fault = self._tampered.pop(id(event.write))
-        num_bytes = event.num_bytes
-        if fault == "bitflip":
-            page = self._peer_pages(write.peer)[write.layer, 0, write.target_blocks[0]]
-            page.view(torch.uint8).view(-1)[self._random.randrange(64)] ^= 1 << self._random.randrange(8)
-        else:
-            num_bytes = len(write.source_blocks) * self._peer_pages(write.peer)[write.layer, :, 0].nbytes
-        return dataclasses.replace(event, write=write, num_bytes=num_bytes)
+        found = next((each for each in self._tampered if each.posted is event.write), None)
+        if found is None:
+            return event
+        self._tampered.remove(found)
+        if isinstance(event, WriteFailed):
+            return dataclasses.replace(event, write=found.asked)
+        pages = self._peer_pages(found.asked.peer)
+        if found.flip is not None:
+            byte, bit = found.flip
+            page = pages[found.asked.layer, 0, found.asked.target_blocks[0]]
+            page.view(torch.uint8).view(-1)[byte] ^= 1 << bit
+        num_bytes = len(found.asked.source_blocks) * pages[0, :, 0].nbytes
+        return dataclasses.replace(event, write=found.asked, num_bytes=num_bytes)
 
     def _peer_pages(self, peer: WorkerId) -> torch.Tensor:
         inner: Any = self._inner
@@ -160,9 +187,13 @@ class FaultyTransport:
 
 
 def _number(key: str, value: str) -> float:
-    if key not in (*FAULTS, "seed", "delay_s", "limit"):
+    if key not in (*FAULTS, *MAX_NUMBER):
         raise InvalidConfig(f"transport=faulty has no option {key!r}; it has {', '.join(FAULTS)}, …")
+    largest = MAX_NUMBER.get(key, 1.0)
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         raise InvalidConfig(f"transport=faulty: {key}={value!r} is not a number") from None
+    if not 0.0 <= number <= largest:
+        raise InvalidConfig(f"transport=faulty: {key}={value}: expected 0 to {largest:g}")
+    return number

@@ -102,8 +102,7 @@ class InprocTransport:
 
     def close(self) -> None:
         with self._hub.lock:
-            if self._hub.endpoints.pop(self._site.worker_id, None) is None:
-                return
+            self._hub.endpoints.pop(self._site.worker_id, None)
         self.writer.close()
 
     def _endpoint(self, worker_id: WorkerId) -> _Endpoint:

@@ -72,10 +72,17 @@ class ShmTransport:
     def connect(self, peer: Descriptor) -> None:
         assert self._mine is not None, "register comes before connect"
         check_layout(self._mine, peer)
+        missing = {"pid", "file", "inode", "endpoint"} - peer.address.keys()
+        if missing:
+            raise TransportError(f"the descriptor of {peer.worker_id} lacks {', '.join(sorted(missing))}")
         pages = view_pages(peer.layout, peer.num_blocks, _map_peer(peer))
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
-        outbox.connect(str(peer.address["endpoint"]))
+        try:
+            outbox.connect(str(peer.address["endpoint"]))
+        except zmq.ZMQError as error:
+            outbox.close()
+            raise TransportError(f"{peer.address['endpoint']!r} of {peer.worker_id}: {error}") from error
         previous = self._outboxes.pop(peer.worker_id, None)
         if previous is not None:
             previous.close()

@@ -58,8 +58,10 @@ class PageWriter:
         return events
 
     def close(self) -> None:
-        """Finish the write in progress, drop the rest, join the thread."""
+        """Finish the write in progress, drop the rest, join the thread. Safe to call twice."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
@@ -88,11 +90,11 @@ class PageWriter:
 
     def _copy(self, write: Write) -> TransportEvent:
         assert self.source is not None, "a store is registered before anything is written"
-        if write.ready is not None:
-            write.ready()
-        start_s, cpu_s = time.monotonic(), time.thread_time()
         try:
-            num_bytes = copy_layer(self.source[write.layer], self.peers[write.peer][write.layer], write)
+            if write.ready is not None:
+                write.ready()
+            start_s, cpu_s = time.monotonic(), time.thread_time()
+            num_bytes = copy_layer(self.source, self.peers[write.peer], write)
         except (RuntimeError, IndexError) as error:  # torch reports a bad copy so
             return WriteFailed(write, f"{type(error).__name__}: {error}")
         end_s = time.monotonic()
@@ -107,15 +109,24 @@ def _ticket(event: TransportEvent) -> TicketId | None:
 
 
 def copy_layer(source: torch.Tensor, target: torch.Tensor, write: Write) -> int:
-    """Copy the write's blocks between two layers `[2, num_blocks, …]`; the number of bytes."""
+    """Copy the write's blocks between two pages tensors; the number of bytes.
+
+    Raises `IndexError`, before anything is copied, when a layer or block lies outside either.
+    """
+    _check_inside("layer", [write.layer], min(source.shape[0], target.shape[0]))
+    _check_inside("source block", write.source_blocks, source.shape[2])
+    _check_inside("target block", write.target_blocks, target.shape[2])
     num_bytes = 0
     for first_source, first_target, count in runs(write.source_blocks, write.target_blocks):
-        if first_target + count > target.shape[1] or first_source + count > source.shape[1]:
-            raise IndexError(f"blocks {first_source}→{first_target} (+{count}) lie outside the pages")
-        view = source[:, first_source : first_source + count]
-        target[:, first_target : first_target + count].copy_(view)
+        view = source[write.layer, :, first_source : first_source + count]
+        target[write.layer, :, first_target : first_target + count].copy_(view)
         num_bytes += view.numel() * view.element_size()
     return num_bytes
+
+
+def _check_inside(what: str, indices: Sequence[int], size: int) -> None:
+    if indices and not 0 <= min(indices) <= max(indices) < size:
+        raise IndexError(f"{what} {min(indices)} to {max(indices)} lies outside 0 to {size - 1}")
 
 
 def runs(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -4,10 +4,20 @@ import time
 from collections.abc import Sequence
 
 from kvrelay.cache.tickets import TicketBook
-from kvrelay.errors import TransferFailed
+from kvrelay.errors import ModelError, TransferFailed
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
 from kvrelay.types import FinishReason, RequestSpec, TicketId, TokenLogprobs, TransferTicket
-from kvrelay.wire import Abort, Filled, Filling, NewToken, Preempted, Reserve, Reserved, StepReport, WriterGone
+from kvrelay.wire import (
+    Abort,
+    Filled,
+    Filling,
+    NewToken,
+    Preempted,
+    Reserve,
+    Reserved,
+    StepReport,
+    WriterGone,
+)
 from kvrelay.worker.parts import WorkerParts
 
 
@@ -88,16 +98,21 @@ class DecodeSide:
                 self._parts.mark(sequence.request, "decode_started", start_s)
         results = self._parts.runner.decode(batch)
         end_s = time.monotonic()
-        tokens = [self._append(s, *result) for s, result in zip(batch, results, strict=True)]
+        tokens = []
+        for sequence, result in zip(batch, results, strict=True):
+            if result is None:
+                self._fail_unsound(sequence)
+            else:
+                tokens.append(self._append(sequence, *result))
         self._report(tokens, start_s, end_s, time.process_time() - cpu_s)
         return True
 
     def close(self) -> int:
-        """Drop everything; the number of open tickets whose blocks are still promised to a writer."""
+        """Drop everything; the number of blocks that stay promised to a writer."""
         for sequence in list(self.scheduler.running):
             self.scheduler.remove(sequence)
         self.scheduler.waiting.clear()
-        return len(self.tickets)
+        return self.tickets.num_blocks
 
     def _on_filled(self, message: Filled) -> None:
         ticket, request = self.tickets.get(message.ticket_id), self._reserved.get(message.ticket_id)
@@ -139,13 +154,17 @@ class DecodeSide:
         self.scheduler.run(DecodeSequence(request, blocks, list(request.token_ids)))
         self._parts.mark(request, "kv_committed")
 
-    def _append(
-        self, sequence: DecodeSequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> NewToken:
-        sequence.token_ids.append(token_id)
-        reason: FinishReason | None = self.scheduler.finish_reason(
-            sequence, self._parts.runner.eos_token_ids
+    def _fail_unsound(self, sequence: DecodeSequence) -> None:
+        self.scheduler.remove(sequence)
+        position = len(sequence.token_ids)
+        error = ModelError(
+            f"the logits at position {position} are not finite numbers: no token can be chosen"
         )
+        self._parts.fail(sequence.request, error, retryable=False)
+
+    def _append(self, sequence: DecodeSequence, token_id: int, logprobs: TokenLogprobs | None) -> NewToken:
+        sequence.token_ids.append(token_id)
+        reason: FinishReason | None = self.scheduler.finish_reason(sequence, self._parts.runner.eos_token_ids)
         if reason is not None:
             self.scheduler.remove(sequence)
         return NewToken(

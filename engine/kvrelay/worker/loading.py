@@ -46,11 +46,14 @@ def load_parts(
         head_dim=spec.head_dim,
     )
     count = size_pool(config.engine, layout, spec, device, config.num_workers)
-    site = Site(
-        worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub
-    )
+    site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
     transport = open_transport(config.engine.transport, site)
-    store = KVStore(layout, count, transport.allocate(count * layout.block_bytes), device)
+    try:
+        store = KVStore(layout, count, transport.allocate(count * layout.block_bytes), device)
+        descriptor = transport.register(store)
+    except BaseException:
+        transport.close()
+        raise
     parts = WorkerParts(
         config=config,
         pool=BlockPool(count),
@@ -59,7 +62,7 @@ def load_parts(
         transport=transport,
         send=send,
     )
-    return parts, transport.register(store)
+    return parts, descriptor
 
 
 def choose_device(asked: str, index: int) -> torch.device:
@@ -78,7 +81,9 @@ def choose_dtype(asked: str, checkpoint: str, device: torch.device) -> str:
     """`auto`: the checkpoint's on CUDA; on a CPU bfloat16 only where it multiplies bfloat16 natively."""
     if asked != "auto":
         if device.type == "cpu" and asked == "float16":
-            raise InvalidConfig("dtype='float16': a CPU multiplies float16 a hundred times slower; use float32")
+            raise InvalidConfig(
+                "dtype='float16': a CPU multiplies float16 a hundred times slower; use float32"
+            )
         return asked
     if device.type != "cpu":
         return checkpoint if checkpoint in DTYPES else "bfloat16"
@@ -88,7 +93,7 @@ def choose_dtype(asked: str, checkpoint: str, device: torch.device) -> str:
 def size_pool(
     engine: EngineConfig, layout: KVLayout, spec: ModelSpec, device: torch.device, num_workers: int
 ) -> int:
-    """Blocks of the pool: as asked, else what the memory share holds. Raises `InvalidConfig` when it is none."""
+    """Blocks of the pool: as asked, else what the memory share holds. Raises `InvalidConfig` for none."""
     if engine.num_kv_blocks is not None:
         return engine.num_kv_blocks
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 
@@ -40,7 +40,7 @@ class Worker:
     def __init__(self, parts: WorkerParts, socket: "zmq.Socket[bytes]") -> None:
         self._parts, self._socket = parts, socket
         self.decode = DecodeSide(parts)
-        self.prefill = PrefillSide(parts, self.decode.commit_local)
+        self.prefill = PrefillSide(parts, self.decode)
         self._poller = zmq.Poller()
         for pollable in (socket, *parts.transport.pollables()):
             self._poller.register(pollable, zmq.POLLIN)
@@ -50,14 +50,12 @@ class Worker:
     def run(self) -> None:
         """Serve until told to stop; then drop everything and report what did not come home."""
         busy = False
-        while self._running:
-            self._receive(0 if busy else HEARTBEAT_S)
-            if not self._running:
-                break
+        while self._receive(0 if busy else HEARTBEAT_S):
             self._poll_transport()
             now_s = time.monotonic()
             self.decode.expire(now_s)
             self.prefill.renew(now_s)
+            self.prefill.give_up_hung(now_s)
             self.decode.admit()
             decoded = self.decode.step()
             prefilled = self.prefill.step()
@@ -65,10 +63,12 @@ class Worker:
             self._beat(time.monotonic())
         self._stop()
 
-    def _receive(self, timeout_s: float) -> None:
-        self._poller.poll(timeout_s * 1000)
+    def _receive(self, timeout_s: float) -> bool:
+        """Wait for something to do, handle every message; False once told to stop."""
+        self._poller.poll(int(timeout_s * 1000))
         while self._running and self._socket.poll(0):
             self._handle(wire.decode(self._socket.recv(), "router_to_worker"))
+        return self._running
 
     def _handle(self, message: Any) -> None:
         match message:
@@ -129,10 +129,10 @@ class Worker:
 
     def _stop(self) -> None:
         self.prefill.close()
-        self.decode.close()
+        num_promised = self.decode.close()
         pool = self._parts.pool
         pool.check()
-        leaked = pool.num_blocks - pool.num_free
+        leaked = pool.num_blocks - pool.num_free - num_promised
         self._parts.send(Stopped(worker_id=self._parts.config.worker_id, num_leaked_blocks=leaked))
 
 

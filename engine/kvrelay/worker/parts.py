@@ -9,7 +9,7 @@ from kvrelay.cache.store import KVStore
 from kvrelay.config import WorkerConfig
 from kvrelay.runner import Runner
 from kvrelay.transport.base import Transport
-from kvrelay.types import RequestSpec
+from kvrelay.types import LifeEvent, RequestSpec
 from kvrelay.wire import AttemptFailed, Mark, Message
 
 
@@ -24,7 +24,7 @@ class WorkerParts:
     transport: Transport
     send: Callable[[Message], None]
 
-    def mark(self, request: RequestSpec, event: str, at_s: float | None = None) -> None:
+    def mark(self, request: RequestSpec, event: LifeEvent, at_s: float | None = None) -> None:
         """Tell the router that the request reached a point in its life."""
         at_s = time.monotonic() if at_s is None else at_s
         self.send(Mark(request_id=request.request_id, attempt=request.attempt, event=event, at_s=at_s))

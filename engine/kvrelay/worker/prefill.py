@@ -2,21 +2,22 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvrelay.errors import TransferFailed, TransportError
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
-from kvrelay.types import BLOCK_SIZE, TicketId, TransferTicket
+from kvrelay.types import BLOCK_SIZE, TransferTicket
 from kvrelay.wire import Abort, Filled, Filling, Prefill, StepReport, WriterGone
+from kvrelay.worker.decode import DecodeSide
 from kvrelay.worker.parts import WorkerParts
 
 
 class PrefillSide:
-    """Fills tickets; `commit_local` hands a prompt to the decode side of this same worker."""
+    """Fills tickets: those of other workers over the transport, those of `decode` beside it in place."""
 
-    def __init__(self, parts: WorkerParts, commit_local: Callable[[TicketId], None]) -> None:
-        self._parts, self._commit_local = parts, commit_local
+    def __init__(self, parts: WorkerParts, decode: DecodeSide) -> None:
+        self._parts, self._decode = parts, decode
         self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens)
         self._next_renewal_s = 0.0
 
@@ -95,17 +96,28 @@ class PrefillSide:
             self._give_up(job, TransferFailed(f"writing KV to {event.write.peer} failed: {event.reason}"))
 
     def renew(self, now_s: float) -> None:
-        """Keep the leases of tickets held here alive, four times per lease; give up on writes that hang."""
+        """Keep the leases of all tickets held here alive, four times per lease."""
         if now_s < self._next_renewal_s:
             return
         lease_s = self._parts.config.engine.lease_s
         self._next_renewal_s = now_s + lease_s / 4
+        for job in self._scheduler:
+            message = Filling(ticket_id=job.ticket.ticket_id)
+            if job.is_local:
+                self._decode.on_notice(message)
+                continue
+            try:
+                self._parts.transport.notify(job.ticket.decode_worker, message)
+            except TransportError:
+                continue  # the lease will tell
+
+    def give_up_hung(self, now_s: float) -> None:
+        """Fail the attempts whose posted writes have not moved for a whole lease."""
+        lease_s = self._parts.config.engine.lease_s
         for job in list(self._scheduler):
             if job.num_outstanding_writes and now_s - job.last_write_s > lease_s:
                 reason = f"{job.num_outstanding_writes} KV writes did not complete within {lease_s:g} s"
                 self._give_up(job, TransferFailed(f"{job.request.request_id}: {reason}"))
-            elif not job.is_local:
-                self._notify(job, Filling(ticket_id=job.ticket.ticket_id))
 
     def reported_until(self, now_s: float) -> float:
         """The time before which every write that began has been reported."""
@@ -118,6 +130,7 @@ class PrefillSide:
             self._scheduler.remove(job)
 
     def _relay(self, chunks: Sequence[Chunk], layer: int) -> None:
+        self.renew(time.monotonic())  # one step may outlast a lease
         for chunk in chunks:
             job = chunk.job
             if job.is_local:
@@ -142,7 +155,7 @@ class PrefillSide:
             return
         if job.is_local:
             self._scheduler.remove(job)
-            self._commit_local(job.ticket.ticket_id)
+            self._decode.commit_local(job.ticket.ticket_id)
             return
         digests: tuple[str, ...] = ()
         if self._parts.config.engine.verify_kv:
@@ -157,7 +170,7 @@ class PrefillSide:
         if self._notify(job, filled):
             self._scheduler.remove(job)
 
-    def _notify(self, job: PrefillJob, message: Filling | Filled) -> bool:
+    def _notify(self, job: PrefillJob, message: Filled) -> bool:
         try:
             self._parts.transport.notify(job.ticket.decode_worker, message)
         except TransportError as error:

@@ -1,0 +1,71 @@
+"""However the user's process ends, no worker, socket or shared memory stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SCRIPT = """
+import sys, time
+from kvrelay import LLM, SamplingParams
+llm = LLM({model!r}, transport="shm", dtype="float32", num_kv_blocks=32)
+print(*[worker.pid for worker in llm.report().workers], llm.engine._workers.run_directory, flush=True)
+{then}
+"""
+GENERATE = "llm.generate([[5, 6, 7]] * 4, SamplingParams(max_tokens=900, ignore_eos=True))"
+
+
+def start(model: Path, then: str) -> tuple["subprocess.Popen[str]", list[int], Path]:
+    code = SCRIPT.format(model=str(model), then=then)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    *pids, directory = process.stdout.readline().split()
+    return process, [int(pid) for pid in pids], Path(directory)
+
+
+def assert_gone(pids: list[int], directory: Path) -> None:
+    deadline_s = time.monotonic() + 10
+    while time.monotonic() < deadline_s:
+        if not any(psutil.pid_exists(pid) for pid in pids) and not directory.exists():
+            return
+        time.sleep(0.05)
+    left = [pid for pid in pids if psutil.pid_exists(pid)]
+    pytest.fail(f"left behind: processes {left}, directory {directory.exists()}")
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_to_the_user_process_leaves_nothing(tiny_directory: Path, how: str) -> None:
+    process, pids, directory = start(tiny_directory, GENERATE)
+    assert len(pids) == 2
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, how))
+    assert process.wait(15) != 0
+    assert_gone(pids, directory)
+
+
+def test_a_script_that_forgets_to_close_leaves_nothing(tiny_directory: Path) -> None:
+    process, pids, directory = start(tiny_directory, "")
+    assert process.wait(15) == 0
+    assert_gone(pids, directory)
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_user_only(tiny_directory: Path) -> None:
+    """A terminal signals its whole foreground group; workers are in sessions of their own."""
+    process, pids, _ = start(tiny_directory, "time.sleep(60)")
+    assert all(os.getsid(pid) != os.getsid(process.pid) for pid in pids)
+    process.kill()
+    process.wait(15)
+
+
+def test_nothing_is_named_in_shared_memory(tiny_directory: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    process, pids, directory = start(tiny_directory, "time.sleep(60)")
+    assert set(os.listdir("/dev/shm")) == before
+    process.kill()
+    process.wait(15)
+    assert_gone(pids, directory)
