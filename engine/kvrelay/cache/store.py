@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvrelay.errors import TransportError
 from kvrelay.types import KVLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +25,11 @@ class KVStore:
     def __init__(self, layout: KVLayout, num_blocks: int, buffer: memoryview, device: torch.device) -> None:
         self.layout, self.num_blocks, self.device = layout, num_blocks, device
         self.landing = view_pages(layout, num_blocks, buffer)
-        self.pages = self.landing if device.type == "cpu" else torch.zeros_like(self.landing, device=device)
+        self.pages = self.landing
+        if device.type == "cuda":
+            pin(self.landing)
+        if device.type != "cpu":
+            self.pages = torch.zeros_like(self.landing, device=device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pages of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each."""
@@ -43,6 +48,16 @@ class KVStore:
         Of the pages attention reads, or (`landed`) of what peers wrote, before `land`.
         """
         return tuple(_digest((self.landing if landed else self.pages)[:, :, block]) for block in block_ids)
+
+
+def pin(pages: torch.Tensor) -> None:
+    """Page-lock host memory that a CUDA device copies to or from, in this process.
+
+    Raises `TransportError` when the driver refuses (the limit of locked memory, say).
+    """
+    code = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))  # type: ignore[no-untyped-call]
+    if code != 0:
+        raise TransportError(f"cudaHostRegister of {pages.nbytes} bytes failed with CUDA error {code}")
 
 
 def _digest(block: torch.Tensor) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 
 from kvrelay import wire
-from kvrelay.cache.store import KVStore, view_pages
+from kvrelay.cache.store import KVStore, pin, view_pages
 from kvrelay.errors import ProtocolError, TransportError
 from kvrelay.transport.base import (
     Notice,
@@ -76,6 +76,8 @@ class ShmTransport:
         if missing:
             raise TransportError(f"the descriptor of {peer.worker_id} lacks {', '.join(sorted(missing))}")
         pages = view_pages(peer.layout, peer.num_blocks, _map_peer(peer))
+        if self.writer.source is not None and self.writer.source.is_cuda:
+            pin(pages)
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
         try:

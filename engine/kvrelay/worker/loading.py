@@ -100,7 +100,7 @@ def size_pool(
     available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers
     wanted = SEQUENCES_BY_DEFAULT * num_blocks(length)
     if device.type == "cuda":
-        available = min(2 * available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+        available = min(available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
         wanted = int(available) // layout.block_bytes
     count = min(wanted, int(available) // layout.block_bytes)
     if count < 1:
