@@ -1,6 +1,6 @@
-"""The same requests through one colocated worker and through 1 prefill + 1 decode, on the same cores, in turn.
+"""The same requests through one colocated worker and through 1 prefill + 1 decode, on the same cores.
 
-    python benchmarks/disaggregation.py [--rounds 3] [--concurrency 4] [--prompt-tokens 256] [--output-tokens 64]
+    python benchmarks/disaggregation.py [--rounds 3] [--concurrency 4] [--requests 12] …
 
 Prints medians over the rounds and their ratio; the last line is the JSON record, also written to
 benchmarks/results/. The gate: every round of both produced the same tokens (float32, greedy).
