@@ -88,7 +88,7 @@ class ThreadWorkers:
     """The same workers as threads of this process, for in-process transports."""
 
     def __init__(self) -> None:
-        from kvrelay.transport.inproc import InprocHub
+        from kvrelay.transport.base import InprocHub
 
         self.run_directory = make_run_directory()
         self._hub = InprocHub()

@@ -19,8 +19,16 @@ import zmq
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, LayoutMismatch, TransportError, UnknownName
 from kvrelay.transport import TRANSPORTS, open_transport, parse_transport
-from kvrelay.transport.base import Notice, Site, Transport, TransportEvent, Write, WriteDone, WriteFailed
-from kvrelay.transport.inproc import InprocHub
+from kvrelay.transport.base import (
+    InprocHub,
+    Notice,
+    Site,
+    Transport,
+    TransportEvent,
+    Write,
+    WriteDone,
+    WriteFailed,
+)
 from kvrelay.types import KVLayout, TicketId, WorkerId
 from kvrelay.wire import Descriptor, Filled, Filling
 

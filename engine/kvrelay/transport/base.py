@@ -4,19 +4,38 @@ Shaped like NIXL's agent (register memory, connect to a peer's descriptor, post 
 notify), so that NIXL is one adapter among others. Source: NIXL, `docs/nixl.md`, ai-dynamo/nixl.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, LayoutMismatch
 from kvrelay.types import TicketId, WorkerId
+from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Descriptor, Filled, Filling
 
-if TYPE_CHECKING:
-    from kvrelay.transport.inproc import InprocHub
-
 Notification = Filling | Filled
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One thread's end of an in-process engine: its landing pages and what it was told."""
+
+    pages: torch.Tensor
+    wakeup: Wakeup
+    inbox: deque[Notification] = field(default_factory=deque)
+
+
+class InprocHub:
+    """Where the threads of one engine find each other; one per engine."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[WorkerId, Endpoint] = {}
+        self.lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +45,7 @@ class Site:
     worker_id: WorkerId
     epoch: int
     run_directory: str
-    hub: "InprocHub | None" = None
+    hub: InprocHub | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

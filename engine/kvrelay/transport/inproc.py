@@ -3,16 +3,12 @@
 For tests, debugging and single-process experiments; the bytes are still copied, as between processes.
 """
 
-import threading
-from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import TransportError
 from kvrelay.transport.base import (
+    Endpoint,
     Notice,
     Notification,
     Site,
@@ -23,23 +19,7 @@ from kvrelay.transport.base import (
 )
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import TicketId, WorkerId
-from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Descriptor
-
-
-@dataclass(slots=True)
-class _Endpoint:
-    pages: torch.Tensor
-    wakeup: Wakeup
-    inbox: deque[Notification] = field(default_factory=deque)
-
-
-class InprocHub:
-    """Where the threads of one engine find each other; one per engine."""
-
-    def __init__(self) -> None:
-        self.endpoints: dict[WorkerId, _Endpoint] = {}
-        self.lock = threading.Lock()
 
 
 class InprocTransport:
@@ -59,7 +39,7 @@ class InprocTransport:
     def register(self, store: KVStore) -> Descriptor:
         self.writer.source = store.pages
         with self._hub.lock:
-            self._hub.endpoints[self._site.worker_id] = _Endpoint(store.landing, self.writer.wakeup)
+            self._hub.endpoints[self._site.worker_id] = Endpoint(store.landing, self.writer.wakeup)
         self._mine = Descriptor(
             transport="inproc",
             worker_id=self._site.worker_id,
@@ -105,7 +85,7 @@ class InprocTransport:
             self._hub.endpoints.pop(self._site.worker_id, None)
         self.writer.close()
 
-    def _endpoint(self, worker_id: WorkerId) -> _Endpoint:
+    def _endpoint(self, worker_id: WorkerId) -> Endpoint:
         endpoint = self._hub.endpoints.get(worker_id)
         if endpoint is None:
             raise TransportError(f"{worker_id} is not in this process")

@@ -18,8 +18,7 @@ from kvrelay.models.loading import load_model
 from kvrelay.models.spec import ModelSpec
 from kvrelay.runner import Runner
 from kvrelay.transport import open_transport
-from kvrelay.transport.base import Site
-from kvrelay.transport.inproc import InprocHub
+from kvrelay.transport.base import InprocHub, Site
 from kvrelay.types import KVLayout, num_blocks
 from kvrelay.wire import Descriptor, Message
 from kvrelay.worker.parts import WorkerParts

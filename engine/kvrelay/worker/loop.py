@@ -10,8 +10,7 @@ import zmq
 from kvrelay import wire
 from kvrelay.config import WorkerConfig
 from kvrelay.errors import KVRelayError, TransportError
-from kvrelay.transport.base import Notice, WriteDone, WriteFailed
-from kvrelay.transport.inproc import InprocHub
+from kvrelay.transport.base import InprocHub, Notice, WriteDone, WriteFailed
 from kvrelay.wire import (
     Abort,
     Connect,
