@@ -76,7 +76,7 @@ def _closed_loop(
 
     def start() -> None:
         index, prompt = waiting.pop(0)
-        llm.engine.submit(prompt, params, lambda event: done.put((index, event)))
+        llm.engine.submit(llm.engine.prepare(prompt, params), lambda event: done.put((index, event)))
 
     for _ in range(min(concurrency, len(waiting))):
         start()

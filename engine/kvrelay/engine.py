@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay.config import EngineConfig, WorkerConfig, cache_home
@@ -27,6 +28,17 @@ from kvrelay.types import FinishReason, RequestId, SamplingParams
 
 Prompt = str | Sequence[int]
 CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that has been tokenised and found valid; `max_total_tokens` bounds prompt and output."""
+
+    prompt: str | None
+    token_ids: list[int]
+    max_total_tokens: int
+    params: SamplingParams
+    arrived_s: float
 
 
 class Engine:
@@ -56,8 +68,11 @@ class Engine:
             self.close()
             raise
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], int]:
-        """Token ids of the prompt and the most tokens the request may reach. Raises `InvalidRequest`."""
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
+        """Tokenise and check one request; its clock starts here. Raises `InvalidRequest` or `EngineClosed`."""
+        if self._is_closed:
+            raise EngineClosed("the engine is closed")
+        arrived_s = time.monotonic()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         _check_tokens(token_ids, self.spec.vocab_size)
         _check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
@@ -68,19 +83,17 @@ class Engine:
             )
         max_total = min(len(token_ids) + params.max_tokens, self.max_model_len)
         self._runtime.router.check_fits(len(token_ids), max_total)
-        return token_ids, max_total
+        text = prompt if isinstance(prompt, str) else None
+        return Prepared(text, token_ids, max_total, params, arrived_s)
 
-    def submit(
-        self, prompt: Prompt, params: SamplingParams, on_event: Callable[[StreamEvent], None]
-    ) -> RequestId:
-        """Start one request. `on_event` is called on the router's thread and must neither block nor raise.
+    def submit(self, prepared: Prepared, on_event: Callable[[StreamEvent], None]) -> RequestId:
+        """Start one request; every outcome comes through `on_event`, exactly one of them the last.
 
-        Raises `InvalidRequest` or `EngineClosed`; afterwards every outcome comes through `on_event`.
+        `on_event` is called on the router's thread and must neither block nor raise.
         """
-        arrived_s = time.monotonic()
-        token_ids, max_total = self.prepare(prompt, params)
         with self._lock:
             arrival = next(self._arrivals)
+        params, token_ids = prepared.params, list(prepared.token_ids)
         request = RoutedRequest(
             request_id=RequestId(f"request-{arrival}"),
             arrival=arrival,
@@ -88,19 +101,17 @@ class Engine:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
-            max_total_tokens=max_total,
+            max_total_tokens=prepared.max_total_tokens,
         )
         stream = OutputStream(
             request=request,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=prepared.prompt,
             on_event=on_event,
             energy=self._energy,
             detokenizer=Detokenizer(self.tokenizer, token_ids, tuple(params.stop)),
             logprobs=[],
         )
-        if self._is_closed:
-            raise EngineClosed("the engine is closed")
-        begun = self._runtime.call(lambda _: self._begin(stream, arrived_s))
+        begun = self._runtime.call(lambda _: self._begin(stream, prepared.arrived_s))
         begun.add_done_callback(lambda future: self._if_not_begun(stream, future.exception()))
         return request.request_id
 

@@ -96,16 +96,17 @@ class LLM:
         A failed request's last event carries `error`. Leaving early aborts what is unfinished.
         """
         each = _each(params, len(prompts))
+        prepared = []
         for index, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
             try:
-                self.engine.prepare(prompt, chosen)
+                prepared.append(self.engine.prepare(prompt, chosen))
             except InvalidRequest as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         events: queue.SimpleQueue[tuple[int, StreamEvent]] = queue.SimpleQueue()
         unfinished: dict[int, RequestId] = {}
         try:
-            for index, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
-                unfinished[index] = self.engine.submit(prompt, chosen, partial(_put, events, index))
+            for index, request in enumerate(prepared):
+                unfinished[index] = self.engine.submit(request, partial(_put, events, index))
             while unfinished:
                 index, event = events.get()
                 if event.output is not None or event.error is not None:
@@ -148,7 +149,7 @@ class AsyncLLM:
         def on_event(event: StreamEvent) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request_id = self.engine.submit(prompt, params or SamplingParams(), on_event)
+        request_id = self.engine.submit(self.engine.prepare(prompt, params or SamplingParams()), on_event)
         is_over = False
         try:
             while not is_over:

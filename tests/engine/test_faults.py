@@ -149,7 +149,7 @@ def test_closing_ends_what_is_running(tiny_directory: Path) -> None:
     llm = tiny_llm(tiny_directory)
     events: list[StreamEvent] = []
     for prompt in prompts(*LENGTHS):
-        llm.engine.submit(prompt, greedy(500), events.append)
+        llm.engine.submit(llm.engine.prepare(prompt, greedy(500)), events.append)
     llm.close()
     errors = [event.error for event in events if event.error is not None]
     assert len(errors) == len(LENGTHS)
