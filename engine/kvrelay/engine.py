@@ -69,7 +69,7 @@ class Engine:
             raise
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
-        """Tokenise and check one request; its clock starts here. Raises `InvalidRequest` or `EngineClosed`."""
+        """Tokenise and check one request; its clock starts. Raises `InvalidRequest` or `EngineClosed`."""
         if self._is_closed:
             raise EngineClosed("the engine is closed")
         arrived_s = time.monotonic()
