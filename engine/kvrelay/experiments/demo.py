@@ -135,7 +135,7 @@ def _gate(llm: LLM, report: Report, outputs: list[RequestOutput], clocks: list[t
 
 
 def _median_error(outputs: list[RequestOutput], clocks: list[tuple[float, float]]) -> float:
-    """Median relative difference of TTFT and end-to-end time from the client's; single ones are the host's."""
+    """Median relative difference of TTFT and end-to-end time from the client's clock."""
     pairs = [(output.timings, clock) for output, clock in zip(outputs, clocks, strict=True)]
     errors = [abs((timings.ttft_s or 0.0) / ttft_s - 1) for timings, (ttft_s, _) in pairs]
     errors += [abs(timings.e2e_s / e2e_s - 1) for timings, (_, e2e_s) in pairs]
