@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from kvrelay import LLM, RequestsFailed, StreamEvent
 from kvrelay.errors import EngineClosed, TransferFailed, WorkerFailed
-from tiny_engine import greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (2, 64, 65, 130, 200, 300, 90, 10)
 FAULTS = {
@@ -53,7 +52,7 @@ def test_every_request_ends_once_with_the_right_tokens(tiny_directory: Path, fau
     transport = f"faulty:inner=inproc,seed=3,{FAULTS[fault]}"
     with tiny_llm(tiny_directory, transport=transport, lease_s=0.4) as llm:
         events = follow(llm, len(LENGTHS))
-        time.sleep(0.3)  # the last heartbeats
+        assert_all_blocks_home(llm)
         counters = [worker.counters for worker in llm.report().workers]
         leaked = llm.engine.close()
     assert any(key.startswith("fault_") for counter in counters for key in counter), "no fault was injected"
@@ -72,6 +71,7 @@ def test_a_transport_that_never_works_is_an_error_not_a_wrong_answer(
     with tiny_llm(tiny_directory, transport=f"faulty:inner=inproc,{fault}") as llm:
         with pytest.raises(RequestsFailed) as failure:
             llm.generate([*prompts(100, 200), [5]], greedy(4))
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert all(isinstance(error, TransferFailed) for error in failure.value.errors)
     assert failure.value.outputs[:2] == [None, None]
@@ -95,6 +95,7 @@ def test_requests_move_when_a_worker_is_killed(tiny_directory: Path, victim: str
             if event.output is not None:
                 outputs[index] = event.output.token_ids
         report = llm.report()
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     with tiny_llm(tiny_directory, mode="colocated") as llm:
         expected = [output.token_ids for output in llm.generate(prompts(*LENGTHS), greedy(64))]
@@ -139,6 +140,7 @@ def test_aborts_at_any_point_free_everything(tiny_directory: Path) -> None:
                     break
         outputs = llm.generate(prompts(*LENGTHS), greedy(16))
         ended = llm.report().num_requests
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == expected_tokens(tiny_directory)
     assert ended["aborted"] > 0
