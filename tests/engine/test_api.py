@@ -54,10 +54,12 @@ def test_the_ledger_adds_up_to_the_clients_own_clock(llm: LLM) -> None:
         assert timings.prefill_s > 0.0
         assert len(timings.itl_s) == 59
         assert sum(timings.itl_s) == pytest.approx(timings.e2e_s - timings.ttft_s, rel=0.01, abs=1e-4)
-    ttft_error = min(abs(first_s / output.timings.ttft_s - 1) for output, first_s, _ in runs)
-    e2e_error = min(abs(end_s / output.timings.e2e_s - 1) for output, _, end_s in runs)
-    assert ttft_error <= 0.01
-    assert e2e_error <= 0.01
+    ttft_error_s = min(abs(first_s - output.timings.ttft_s) for output, first_s, _ in runs)
+    e2e_error_s = min(abs(end_s - output.timings.e2e_s) for output, _, end_s in runs)
+    assert ttft_error_s <= max(0.01 * runs[0][1], 0.005), (
+        "5 ms: these workers are threads, one runs at a time"
+    )
+    assert e2e_error_s <= max(0.01 * runs[0][2], 0.005)
 
 
 def test_energy_is_labelled_and_its_parts_sum_to_the_total(llm: LLM) -> None:
