@@ -29,7 +29,9 @@ def attend_rows(
     """
     rows, num_q_heads, head_dim = q.shape
     heads = blocks.shape[0]
-    grouped = q.to(compute_dtype(q.dtype)).reshape(rows, heads, -1, head_dim).permute(1, 2, 0, 3)  # [H, G, rows, d]
+    grouped = (
+        q.to(compute_dtype(q.dtype)).reshape(rows, heads, -1, head_dim).permute(1, 2, 0, 3)
+    )  # [H, G, rows, d]
     keys = view.keys(blocks).flatten(1, 2)[:, None]
     visible = visible_keys(blocks, first_position, rows)[:, None]  # [H, 1, rows, n * 64]
     logits = (grouped @ keys.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from kvrelay_kernels.layout import BLOCK_SIZE, PagedKV
 from kvrelay_kernels.reference.attention_rows import attend_rows, empty_outputs
-from kvrelay_kernels.reference.sequences import iterate_chunks
 from kvrelay_kernels.reference.select_blocks import check_aligned, listed_blocks
+from kvrelay_kernels.reference.sequences import iterate_chunks
 from kvrelay_kernels.selection import BlockSelection
 
 

@@ -76,7 +76,7 @@ def sequence_view(kv: PagedKV, sequence: int, stats: KVBlockStats | None = None)
             got=f"{num_tokens} for sequence {sequence}",
         )
     table = kv.block_table[sequence, :pages].long()
-    if pages and not (0 <= int(table.min()) and int(table.max()) < kv.k_pages.shape[0]):
+    if pages and not (int(table.min()) >= 0 and int(table.max()) < kv.k_pages.shape[0]):
         raise InvalidArgument(
             "block_table",
             needed=f"pages below {kv.k_pages.shape[0]} for the {pages} pages of sequence {sequence}",
