@@ -1,4 +1,4 @@
-"""Finds the implementation of an operation. One asked for by name runs or raises; ``auto`` picks the best there is."""
+"""Finds the implementation of an operation: one asked for by name runs or raises, ``auto`` picks the best."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -15,7 +15,8 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton")
 def implementation(operation: str, impl: str, device: torch.device) -> Callable[..., Any]:
     """The function ``operation`` of ``impl``, ``auto`` included.
 
-    Raises UnknownName for a name that is none, KernelUnavailable with the reason for one that cannot run here.
+    Raises UnknownName for a name that is none, KernelUnavailable with the reason for one that cannot run
+    here.
     """
     name = chosen_implementation(operation, device) if impl == "auto" else impl
     reason = _why_not(operation, name, device)

@@ -28,7 +28,8 @@ def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
 def num_query_block_slots(total_q: int, batch: int) -> int:
     """Rows of a prefill selection: an upper bound on its query blocks that needs no device value.
 
-    The true count is ``sum(ceil(q_len / 64))``, which lives on the device; this is its largest possible value.
+    The true count is ``sum(ceil(q_len / 64))``, which lives on the device; this is its largest possible
+    value.
     """
     return (total_q + (BLOCK_SIZE - 1) * batch) // BLOCK_SIZE
 
@@ -93,7 +94,7 @@ class PagedKV:
 
 
 def check_queries(q: Tensor, kv: PagedKV, cu_seqlens_q: Tensor | None) -> None:
-    """Raise InvalidArgument unless ``q`` fits ``kv``; ``cu_seqlens_q=None`` means decode, one row a sequence."""
+    """Raise InvalidArgument unless ``q`` fits ``kv``; without ``cu_seqlens_q``, one row a sequence."""
     rows: int | str = kv.batch if cu_seqlens_q is None else "total_q"
     check_shape("q", q, (rows, "num_q_heads", kv.head_dim))
     check_same("q", q, "k_pages", kv.k_pages)

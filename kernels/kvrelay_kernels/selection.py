@@ -107,8 +107,8 @@ class BlockSelection:
     def attended_pairs(self, q_lens: Tensor, seq_lens: Tensor) -> int:
         """(query, key) pairs attended to, summed over KV heads, counted from the lists themselves.
 
-        q_lens, seq_lens: ``[batch]``. Times the group size, these are the pairs over query heads. Assumes what
-        every selector guarantees: a list holds its own block, and none after it.
+        q_lens, seq_lens: ``[batch]``. Times the group size, these are the pairs over query heads. Assumes
+        what every selector guarantees: a list holds its own block, and none after it.
         """
         total = 0
         for sequence, (q_len, seq_len) in enumerate(zip(q_lens.tolist(), seq_lens.tolist(), strict=True)):
@@ -122,9 +122,9 @@ class BlockSelection:
     def to_block_mask(self, sequence: int, num_q_heads: int, q_len: int, seq_len: int) -> BlockMask:
         """FlexAttention mask of one sequence: ``[1, num_q_heads, q_len, seq_len]``, blocks of 64.
 
-        Every listed block is partial under a causal ``mask_mod``. The lists stay ``budget`` wide, never a row of
-        all blocks, so ``BlockMask.to_dense`` does not apply, and ``flex_attention`` must be compiled to profit
-        (eager, it evaluates ``mask_mod`` alone). Forward only.
+        Every listed block is partial under a causal ``mask_mod``. The lists stay ``budget`` wide, never a
+        row of all blocks, so ``BlockMask.to_dense`` does not apply, and ``flex_attention`` must be compiled
+        to profit (eager, it evaluates ``mask_mod`` alone). Forward only.
         """
         first, last = self.cu_q_blocks[sequence : sequence + 2].tolist()
         group = num_q_heads // self.indices.shape[1]

@@ -1,7 +1,7 @@
 """The table of selectors: a name and where its scorer lives in each implementation.
 
-A scorer takes (``QueryGroup``, ``SelectionConfig``, scale) and returns ``ScoredBlocks``. Adding one is one file
-and one line; ``tests/kernels/test_select_blocks.py`` then runs on it by itself.
+A scorer takes (``QueryGroup``, ``SelectionConfig``, scale) and returns ``ScoredBlocks``. Adding one is one
+file and one line; ``tests/kernels/test_select_blocks.py`` then runs on it by itself.
 """
 
 from kvrelay_kernels.errors import UnknownName

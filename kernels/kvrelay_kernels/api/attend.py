@@ -27,7 +27,7 @@ class AttendPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attended:
-    """``out`` and ``lse`` as from ``paged_prefill``; the path and implementation taken; the lists, if sparse."""
+    """``out`` and ``lse`` as from ``paged_prefill``; path and implementation taken; the lists, if sparse."""
 
     out: Tensor
     lse: Tensor
@@ -47,8 +47,8 @@ def attend(
 ) -> Attended:
     """Prefill attention of a batch, all dense or all sparse.
 
-    max_seq_len: largest of ``kv.seq_lens``, known to the host, so that choosing costs no synchronisation. Sparse
-    from ``policy.crossover_tokens`` on. Other arguments and errors as in ``select_blocks``.
+    max_seq_len: largest of ``kv.seq_lens``, known to the host, so that choosing costs no synchronisation.
+    Sparse from ``policy.crossover_tokens`` on. Other arguments and errors as in ``select_blocks``.
     """
     crossover = policy.crossover_tokens
     if crossover is None or max_seq_len < crossover:
@@ -63,10 +63,11 @@ def attend(
 def measure_crossover(
     run_dense: Callable[[int], None], run_sparse: Callable[[int], None], lengths: list[int], repeats: int = 3
 ) -> int | None:
-    """Smallest of ``lengths`` (tokens) from which sparse is faster at every longer one too; None if it never is.
+    """Smallest of ``lengths`` (tokens) from which sparse is faster at every longer one too; None if it
+    never is.
 
-    ``run_dense(n)`` and ``run_sparse(n)`` do the same work at ``n`` tokens, selection and statistics included, and
-    are timed as the best of ``repeats`` after one warm-up.
+    ``run_dense(n)`` and ``run_sparse(n)`` do the same work at ``n`` tokens, selection and statistics
+    included, and are timed as the best of ``repeats`` after one warm-up.
     """
     crossover = None
     for length in sorted(lengths, reverse=True):

@@ -43,9 +43,9 @@ def attention_cost(
 ) -> AttentionCost:
     """Cost of ``num_tokens`` of causal prefill by ``dense``, ``tree`` (needs ``config``), ``ssa`` or ``dsa``.
 
-    ssa: ``min(p, 8192)`` keys at position p, which reproduces SubQ's published reductions; its selection is not
-    published and counts 0. dsa: ``min(p, 2048)`` keys and an indexer over all pairs, 64 heads of 128 (DeepSeek-V3.2
-    report, sec. 2.1). Raises UnknownName for another method or a missing config.
+    ssa: ``min(p, 8192)`` keys at position p, which reproduces SubQ's published reductions; its selection is
+    not published and counts 0. dsa: ``min(p, 2048)`` keys and an indexer over all pairs, 64 heads of 128
+    (DeepSeek-V3.2 report, sec. 2.1). Raises UnknownName for another method or a missing config.
     """
     dense_pairs = num_tokens * (num_tokens + 1) // 2
     match method:

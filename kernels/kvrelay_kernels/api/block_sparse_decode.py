@@ -18,8 +18,8 @@ def block_sparse_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence over its listed KV blocks, and nothing else.
 
-    q: ``[batch, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides: the last token of
-        each sequence.
+    q: ``[batch, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides: the last
+        token of each sequence.
     kv: paged keys and values, that token included (see ``PagedKV``); empty sequences are allowed.
     selection: lists from ``select_blocks`` without ``cu_seqlens_q``, or of your own.
 
@@ -27,8 +27,8 @@ def block_sparse_decode(
     impl: "auto", "reference", "cpu" or "triton".
 
     Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
-    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises InvalidArgument
-    and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
+    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
+    InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
     """
     check_sparse(q, kv, None, selection)
     kernel = implementation("block_sparse_decode", impl, q.device)

@@ -11,7 +11,8 @@ def merge_attention_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") ->
 
     outs ``[splits, rows, num_q_heads, head_dim]`` floating, lses ``[splits, rows, num_q_heads]`` float32 or
     float64, natural log; a split without keys has lse minus infinity and its out is ignored. Returns out
-    ``[rows, num_q_heads, head_dim]`` and lse ``[rows, num_q_heads]``. Raises InvalidArgument, KernelUnavailable.
+    ``[rows, num_q_heads, head_dim]`` and lse ``[rows, num_q_heads]``. Raises InvalidArgument,
+    KernelUnavailable.
     """
     check_shape("outs", outs, ("splits", "rows", "num_q_heads", "head_dim"))
     check_shape("lses", lses, tuple(outs.shape[:3]))

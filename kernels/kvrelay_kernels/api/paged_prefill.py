@@ -17,8 +17,8 @@ def paged_prefill(
 ) -> tuple[Tensor, Tensor]:
     """Dense causal attention of query chunks over their whole sequences, at any chunk offset.
 
-    q: ``[total_q, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides; sequence b owns
-        rows ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``, which are the last tokens of its cache.
+    q: ``[total_q, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides; sequence b
+        owns rows ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``, which are the last tokens of its cache.
     kv: paged keys and values, the chunk included (see ``PagedKV``).
     cu_seqlens_q: ``[batch + 1]`` int32; empty chunks are allowed.
 
@@ -26,8 +26,8 @@ def paged_prefill(
     impl: "auto", "reference", "cpu" or "triton".
 
     Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
-    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises InvalidArgument
-    and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
+    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
+    InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
     """
     check_queries(q, kv, cu_seqlens_q)
     kernel = implementation("paged_prefill", impl, q.device)

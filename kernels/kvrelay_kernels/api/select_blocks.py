@@ -20,18 +20,19 @@ def select_blocks(
     scale: float | None = None,
     impl: str = "auto",
 ) -> BlockSelection:
-    """Select at most ``config.budget`` blocks per (query block of 64 rows, KV head), shared by its query heads.
+    """Select at most ``config.budget`` blocks per (query block of 64 rows, KV head), shared by its query
+    heads.
 
-    q: ``[total_q, num_q_heads, head_dim]`` with ``cu_seqlens_q [batch + 1]`` int32 (prefill; chunk offsets are
-        multiples of 64), or ``[batch, num_q_heads, head_dim]`` without (decode, one list per sequence).
+    q: ``[total_q, num_q_heads, head_dim]`` with ``cu_seqlens_q [batch + 1]`` int32 (prefill; chunk offsets
+        are multiples of 64), or ``[batch, num_q_heads, head_dim]`` without (decode, one list per sequence).
     kv: paged cache, the queries' own tokens included. Only ``k_pages`` is read.
-    stats: statistics of every complete page of ``kv`` (``kv_block_stats``); needed by ``mean_pool``, ``quest``,
-        ``two_stage`` and ``tree``.
+    stats: statistics of every complete page of ``kv`` (``kv_block_stats``); needed by ``mean_pool``,
+        ``quest``, ``two_stage`` and ``tree``.
 
     Sinks, locals and the own block are always in the list. What is selected for a query block depends on the
-    queries and keys up to the end of its sibling group (``config.sibling_blocks`` aligned blocks), not on later
-    ones, not on the rest of the batch and not on where chunks are cut, if at multiples of the group. Raises
-    InvalidArgument, UnknownName and KernelUnavailable. Method: see ``reference.select_blocks_tree``.
+    queries and keys up to the end of its sibling group (``config.sibling_blocks`` aligned blocks), not on
+    later ones, not on the rest of the batch and not on where chunks are cut, if at multiples of the group.
+    Raises InvalidArgument, UnknownName and KernelUnavailable. Method: see ``reference.select_blocks_tree``.
     """
     check_queries(q, kv, cu_seqlens_q)
     selector_location(config.selector)

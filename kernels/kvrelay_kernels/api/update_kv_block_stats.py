@@ -11,10 +11,12 @@ from kvrelay_kernels.stats import KVBlockStats
 def update_kv_block_stats(
     stats: KVBlockStats, kv: PagedKV, num_new_tokens: Tensor, *, impl: str = "auto"
 ) -> None:
-    """Write, in place, the statistics of the pages that the last ``num_new_tokens [batch]`` int32 tokens filled.
+    """Write, in place, the statistics of the pages that the last ``num_new_tokens [batch]`` int32 tokens
+    filled.
 
-    ``kv`` already holds those tokens. A page is read once, when it is full, and then merges at most one tree node
-    of four children: constant work per appended token. Raises InvalidArgument and KernelUnavailable.
+    ``kv`` already holds those tokens. A page is read once, when it is full, and then merges at most one
+    tree node of four children: constant work per appended token. Raises InvalidArgument and
+    KernelUnavailable.
     """
     stats.check(kv)
     check_shape("num_new_tokens", num_new_tokens, (kv.batch,))

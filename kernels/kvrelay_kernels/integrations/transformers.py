@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder can prefill with these kernels: ``register()``, then ``attn_implementation=NAME``."""
+"""Any Hugging Face decoder prefills with these kernels: ``register()``, then ``attn_implementation=NAME``."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ NAME = "kvrelay_sparse"
 def register(config: SelectionConfig, *, name: str = NAME, impl: str = "auto") -> str:
     """Register sparse prefill with ``config`` under ``name`` and return the name.
 
-    Chunks that start at a multiple of 64 attend sparsely; others, decode steps among them, attend densely. The
-    forward pass raises KernelUnavailable for what these kernels do not compute: sliding windows, soft caps,
-    dropout, attention sinks, non-causal layers.
+    Chunks that start at a multiple of 64 attend sparsely; others, decode steps among them, attend densely.
+    The forward pass raises KernelUnavailable for what these kernels do not compute: sliding windows, soft
+    caps, dropout, attention sinks, non-causal layers.
     """
 
     def forward(
@@ -64,7 +64,9 @@ def _paged(key: Tensor, value: Tensor) -> PagedKV:
     pages = num_blocks(key.shape[1])
     missing = pages * BLOCK_SIZE - key.shape[1]
     k_pages, v_pages = (
-        torch.nn.functional.pad(t, (0, 0, 0, missing)).unflatten(1, (pages, BLOCK_SIZE)).transpose(0, 1)
+        torch.nn.functional.pad(t, (0, 0, 0, missing))
+        .reshape(t.shape[0], pages, BLOCK_SIZE, t.shape[2])
+        .transpose(0, 1)
         for t in (key, value)
     )
     return PagedKV(

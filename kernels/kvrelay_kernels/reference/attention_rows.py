@@ -23,8 +23,8 @@ def attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of ``q [rows, num_q_heads, head_dim]`` over ``blocks [num_kv_heads, n]``.
 
-    ``blocks`` are logical, -1 is skipped, any order. Row ``i`` sits at ``first_position + i`` and sees keys at
-    or before itself. Returns ``out`` like ``q`` and ``lse [rows, num_q_heads]`` (natural log of the sum of
+    ``blocks`` are logical, -1 is skipped, any order. Row ``i`` sits at ``first_position + i`` and sees keys
+    at or before itself. Returns ``out`` like ``q`` and ``lse [rows, num_q_heads]`` (natural log of the sum of
     ``exp(scale * q.k)``). A row without keys gives 0 and minus infinity.
     """
     rows, num_q_heads, head_dim = q.shape

@@ -33,7 +33,7 @@ class QueryGroup:
 
     def pooled(self) -> Tensor:
         """Mean query of each query block and head, ``[num_kv_heads, m * group, head_dim]``."""
-        means = torch.stack([rows.mean(0) for rows in self.q.split(BLOCK_SIZE)])  # [m, H, G, d]
+        means = torch.stack([rows.mean(0) for rows in torch.split(self.q, BLOCK_SIZE)])  # [m, H, G, d]
         return means.transpose(0, 1).flatten(1, 2)
 
     def sampled(self, count: int) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,8 @@ class ScoredBlocks:
 
 
 def query_groups(chunk: Chunk, q: Tensor, siblings: int) -> Iterator[QueryGroup]:
-    """Split a chunk's rows ``q [q_len, num_q_heads, head_dim]`` at absolute multiples of ``siblings`` blocks."""
-    grouped = q.to(compute_dtype(q.dtype)).unflatten(1, (chunk.view.kv.num_kv_heads, -1))
+    """Split rows ``q [q_len, num_q_heads, head_dim]`` at absolute multiples of ``siblings`` blocks."""
+    grouped = q.to(compute_dtype(q.dtype)).reshape(len(q), chunk.view.kv.num_kv_heads, -1, q.shape[2])
     width = siblings * BLOCK_SIZE
     position = chunk.offset
     while position < chunk.view.num_tokens:
@@ -97,8 +97,9 @@ def block_masses(q: Tensor, positions: Tensor, view: SequenceView, blocks: Tenso
     """
     slots = torch.arange(BLOCK_SIZE, device=q.device)
     parts = []
-    for tile in blocks.split(64, dim=1):
-        logits = (q @ view.keys(tile).flatten(1, 2).transpose(-1, -2) * scale).unflatten(-1, (-1, BLOCK_SIZE))
+    for tile in torch.split(blocks, 64, dim=1):
+        logits = q @ view.keys(tile).flatten(1, 2).transpose(-1, -2) * scale
+        logits = logits.view(*logits.shape[:2], -1, BLOCK_SIZE)
         key = tile[:, None, :, None] * BLOCK_SIZE + slots
         hidden = (key > positions[None, :, None, None]) | (tile < 0)[:, None, :, None]
         parts.append(logits.masked_fill(hidden, -torch.inf).logsumexp(-1))
@@ -107,4 +108,4 @@ def block_masses(q: Tensor, positions: Tensor, view: SequenceView, blocks: Tenso
 
 def mean_over_rows(masses: Tensor, num_query_blocks: int) -> Tensor:
     """Average ``[heads, m * r, n]`` over the rows of each query block, ``[heads, m, n]``."""
-    return masses.unflatten(1, (num_query_blocks, -1)).mean(2)
+    return masses.reshape(masses.shape[0], num_query_blocks, -1, masses.shape[2]).mean(2)

@@ -50,15 +50,15 @@ def select_blocks(
 def keep_best(scored: ScoredBlocks, own: Tensor, config: SelectionConfig) -> tuple[Tensor, Tensor]:
     """Lists of each query block: forced blocks, then by score; equal scores keep the selector's order.
 
-    own: ``[m]`` block of each query block. Returns indices ``[m, heads, budget]`` int32 ascending then -1, and
-    counts ``[m, heads]`` int32.
+    own: ``[m]`` block of each query block. Returns indices ``[m, heads, budget]`` int32 ascending then -1,
+    and counts ``[m, heads]`` int32.
     """
     blocks = scored.blocks[:, None].expand_as(scored.scores)
     visible = (blocks >= 0) & (blocks <= own[None, :, None])
     forced = visible & ((blocks < config.sink_blocks) | (blocks > own[None, :, None] - config.local_blocks))
     mass = scored.scores.masked_fill(~visible, 0.0)
     rank = scored.scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-    order = rank.argsort(-1, descending=True, stable=True)[..., : config.budget]
+    order = rank.argsort(dim=-1, descending=True, stable=True)[..., : config.budget]
     keep = visible.gather(-1, order)
     if config.top_p is not None:
         taken = (mass / mass.sum(-1, keepdim=True).clamp(min=1e-30)).gather(-1, order)

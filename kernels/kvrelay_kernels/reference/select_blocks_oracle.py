@@ -15,7 +15,7 @@ def oracle(group: QueryGroup, _config: SelectionConfig, scale: float) -> ScoredB
     last = int(group.own_blocks[-1])
     blocks = torch.arange(last + 1, device=group.q.device).expand(group.q.shape[1], -1)
     scores = []
-    for picks in torch.arange(group.q.shape[0], device=group.q.device).split(BLOCK_SIZE):
+    for picks in torch.split(torch.arange(group.q.shape[0], device=group.q.device), BLOCK_SIZE):
         rows, positions = group.rows(picks)
         scores.append(mean_over_rows(block_masses(rows, positions, group.view, blocks, scale), 1))
     return ScoredBlocks(blocks=blocks, scores=torch.cat(scores, dim=1))

@@ -1,8 +1,9 @@
 """Selectors ``tree`` (the default) and ``two_stage``: bounds name candidates, sampled queries decide.
 
-A group of sibling query blocks walks down the tree of key boxes with its mean queries, keeping a beam of nodes
-per level (``tree``) or scans all pages (``two_stage``). The candidates it ends with are scored exactly by a few
-rows of every query block. Bounds: Quest (arXiv 2406.10774); tree, sharing and rerank: this library.
+A group of sibling query blocks walks down the tree of key boxes with its mean queries, keeping a beam of
+nodes per level (``tree``) or scans all pages (``two_stage``). The candidates it ends with are scored
+exactly by a few rows of every query block. Bounds: Quest (arXiv 2406.10774); tree, sharing and rerank: this
+library.
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class SequenceView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """The query rows of one sequence: ``q`` rows ``[first_row, first_row + q_len)``, the cache's last tokens."""
+    """One sequence's query rows: ``q`` rows ``[first_row, first_row + q_len)``, its cache's last tokens."""
 
     sequence: int
     first_row: int
@@ -95,7 +96,7 @@ def iterate_chunks(
     bounds = list(range(kv.batch + 1)) if cu_seqlens_q is None else [int(bound) for bound in cu_seqlens_q]
     if bounds[0] != 0 or bounds[-1] != total_q or sorted(bounds) != bounds:
         raise InvalidArgument("cu_seqlens_q", needed=f"ascending from 0 to total_q ({total_q})", got=bounds)
-    for sequence, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (first, last) in enumerate(pairwise(bounds)):
         view = sequence_view(kv, sequence, stats)
         empty_decode = cu_seqlens_q is None and view.num_tokens == 0
         if last == first or empty_decode:
