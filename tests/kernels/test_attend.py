@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvrelay_kernels as kk
-from kernels.batches import make_batch
+from kernel_batches import make_batch
 
 
 def test_attend_is_dense_below_the_crossover_and_says_so() -> None:

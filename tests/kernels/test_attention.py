@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
-from kernels.batches import (
+from kernel_batches import (
     assert_accurate,
     decode_queries,
     eager,
@@ -61,7 +61,8 @@ def test_paged_prefill_takes_any_chunk_offset(impl: str) -> None:
 
 def test_constant_values_come_out_unchanged(impl: str) -> None:
     batch = make_batch([(64, 130)])
-    v_pages = torch.where(batch.kv.v_pages.isnan(), torch.nan, 3.0)
+    v_pages = batch.kv.v_pages.clone()
+    v_pages[~v_pages.isnan()] = 3.0
     kv = replace(batch.kv, v_pages=v_pages)
     selection = random_selection(batch, 2)
     out, _ = kk.block_sparse_prefill(batch.q, kv, batch.cu_seqlens_q, selection, impl=impl)
@@ -112,12 +113,12 @@ def test_bad_arguments_say_what_was_needed_and_given() -> None:
         kk.paged_prefill(batch.q[:, :3], batch.kv, batch.cu_seqlens_q)
     with pytest.raises(kk.InvalidArgument, match=r"cu_seqlens_q: needed dtype int32, got torch.int64"):
         kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q.long())
+    kv = replace(batch.kv, seq_lens=batch.kv.seq_lens - 1)
     with pytest.raises(kk.InvalidArgument, match=r"seq_lens: needed at least q_len \(70\)"):
-        kv = replace(batch.kv, seq_lens=batch.kv.seq_lens - 1)
         kk.paged_prefill(batch.q, kv, batch.cu_seqlens_q)
     unaligned = make_batch([(10, 64)])
+    selection = random_selection(unaligned, 2)
     with pytest.raises(kk.InvalidArgument, match="multiple of 64"):
-        selection = random_selection(unaligned, 2)
         kk.block_sparse_prefill(unaligned.q, unaligned.kv, unaligned.cu_seqlens_q, selection)
 
 

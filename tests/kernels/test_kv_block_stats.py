@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvrelay_kernels as kk
-from kernels.batches import make_batch
+from kernel_batches import make_batch
 from kvrelay_kernels.layout import HOME_OFFSETS, node_home
 
 

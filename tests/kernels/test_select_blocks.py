@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
-from kernels.batches import Batch, decode_queries, make_batch
+from kernel_batches import Batch, decode_queries, make_batch
 
 SELECTORS = sorted(kk.SELECTORS)
 

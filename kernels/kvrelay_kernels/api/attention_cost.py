@@ -112,9 +112,8 @@ def _tree_selection(num_tokens: int, shape: AttentionShape, config: SelectionCon
 
 def _boxes_scored(frontier: int, beam: int) -> int:
     """Tree nodes and pages whose box is scored on the way down, at most."""
-    nodes = frontier
     level = 0
     while -(-frontier // FANOUT**level) > beam:
         level += 1
-    nodes = -(-frontier // FANOUT**level)
+    nodes = int(-(-frontier // FANOUT**level))
     return nodes + level * FANOUT * (min(beam, nodes) + 2)

@@ -108,4 +108,5 @@ def block_masses(q: Tensor, positions: Tensor, view: SequenceView, blocks: Tenso
 
 def mean_over_rows(masses: Tensor, num_query_blocks: int) -> Tensor:
     """Average ``[heads, m * r, n]`` over the rows of each query block, ``[heads, m, n]``."""
-    return masses.reshape(masses.shape[0], num_query_blocks, -1, masses.shape[2]).mean(2)
+    heads, rows, blocks = masses.shape
+    return masses.reshape(heads, num_query_blocks, rows // num_query_blocks, blocks).mean(2)

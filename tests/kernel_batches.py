@@ -1,4 +1,4 @@
-"""Random paged batches, poisoned where no kernel may look, and a float64 attention that shares no code with ours."""
+"""Random paged batches, poison where no kernel may look, and an eager attention of their own."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ ABSURD = 2**31 - 7
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A prefill batch. ``keys`` and ``values`` are contiguous per sequence: ``[num_kv_heads, seq_len, d]``."""
+    """A prefill batch; ``keys`` and ``values`` per sequence, ``[num_kv_heads, seq_len, head_dim]``."""
 
     q: Tensor
     kv: PagedKV
@@ -33,7 +33,7 @@ def make_batch(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Batch:
-    """Sequences of ``(offset, q_len)``; pages shuffled, NaN past the end, absurd table entries, padded strides."""
+    """Sequences of ``(offset, q_len)``: pages shuffled, NaN past ends, absurd table entries, odd strides."""
     generator = torch.Generator().manual_seed(seed)
     num_q_heads, num_kv_heads = heads
     totals = [offset + q_len for offset, q_len in lengths]
@@ -150,7 +150,7 @@ def _mask(sequence: int, q_len: int, total: int, selection: BlockSelection | Non
 def assert_accurate(
     got: tuple[Tensor, Tensor], batch: Batch, q: Tensor, q_lens: list[int], selection
 ) -> None:
-    """Error against float64 at most twice plain eager's at the same precision, plus one rounding of the result."""
+    """Error against float64 at most twice plain eager's at the same precision, plus the result's rounding."""
     exact_out, exact_lse = eager(batch, q, q_lens, selection, torch.float64)
     plain_out, plain_lse = eager(batch, q, q_lens, selection, q.dtype)
     assert got[0].dtype == q.dtype
