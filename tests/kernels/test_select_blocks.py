@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
 from kernel_batches import Batch, decode_queries, make_batch
+from kvrelay_kernels.reference.query_groups import query_groups
+from kvrelay_kernels.reference.sequences import iterate_chunks
 
 SELECTORS = sorted(kk.SELECTORS)
 
@@ -176,3 +178,11 @@ def test_missing_statistics_and_bad_settings_are_refused() -> None:
         kk.SelectionConfig(budget=2)
     with pytest.raises(kk.UnknownName, match="unknown selector 'best'"):
         select(batch, kk.SelectionConfig(budget=4, selector="best"))
+
+
+def test_groups_of_a_chunk_that_starts_inside_one_keep_absolute_bounds() -> None:
+    batch = make_batch([(64 * 5, 64 * 5 + 1)])
+    (chunk,) = iterate_chunks(batch.kv, batch.cu_seqlens_q, batch.q.shape[0])
+    groups = list(query_groups(chunk, batch.q, 4))
+    assert [group.own_blocks.tolist() for group in groups] == [[5, 6, 7], [8, 9, 10]]
+    assert [group.frontier for group in groups] == [4, 8]
