@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvrelay_kernels as kk
 from kernel_batches import Batch, decode_queries, make_batch
 from kvrelay_kernels.reference.query_groups import query_groups
+from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.reference.sequences import iterate_chunks
 
 SELECTORS = sorted(kk.SELECTORS)
@@ -121,7 +122,7 @@ def test_oracle_keeps_the_blocks_of_highest_exact_mass(impl: str) -> None:
 @settings(max_examples=5, deadline=None)
 @given(needle=st.integers(1, 140), seed=st.integers(0, 10**6))
 def test_a_planted_block_is_found_through_the_tree(selector: str, needle: int, seed: int) -> None:
-    batch = make_batch([(64 * 160, 64)], heads=(2, 1), seed=seed, dtype=torch.float32)
+    batch = make_batch([(64 * 160, 40)], heads=(2, 1), seed=seed, dtype=torch.float32)
     direction = torch.nn.functional.normalize(
         torch.randn(64, generator=torch.Generator().manual_seed(seed)), dim=0
     )
@@ -186,3 +187,13 @@ def test_groups_of_a_chunk_that_starts_inside_one_keep_absolute_bounds() -> None
     groups = list(query_groups(chunk, batch.q, 4))
     assert [group.own_blocks.tolist() for group in groups] == [[5, 6, 7], [8, 9, 10]]
     assert [group.frontier for group in groups] == [4, 8]
+
+
+def test_box_bound_is_reached_by_a_corner_and_exceeded_by_no_key() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, keys = (torch.randn(1, n, 4, generator=generator, dtype=torch.float64) for n in (9, 50))
+    lower, upper = keys.amin(1, keepdim=True), keys.amax(1, keepdim=True)
+    corners = torch.cartesian_prod(*torch.stack([lower[0, 0], upper[0, 0]], -1))
+    bound = box_bound(q, lower, upper)[0, :, 0]
+    assert (q[0] @ keys[0].T <= bound[:, None]).all()
+    torch.testing.assert_close((q[0] @ corners.T).amax(1), bound)

@@ -15,7 +15,7 @@ def box_bound(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
     q ``[heads, r, d]``, lower and upper ``[heads, n, d]`` give ``[heads, r, n]``.
     """
-    return q.clamp(min=0) @ upper.transpose(-1, -2) + q.clamp(min=0) @ lower.transpose(-1, -2)
+    return q.clamp(min=0) @ upper.transpose(-1, -2) + q.clamp(max=0) @ lower.transpose(-1, -2)
 
 
 def local(group: QueryGroup, config: SelectionConfig, _scale: float) -> ScoredBlocks:
