@@ -1,0 +1,1 @@
+"""The paged KV cache: `pool` and `tickets` know ids, `store` holds tensors."""

@@ -1,0 +1,169 @@
+"""One running set of workers, and requests through it: what `LLM`, `AsyncLLM` and the server stand on.
+
+Knows text, workers and threads. Knows no tensors: this process never imports torch.
+"""
+
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvrelay.config import EngineConfig, WorkerConfig, cache_home
+from kvrelay.errors import EngineClosed, InvalidConfig, InvalidRequest
+from kvrelay.launch import open_workers
+from kvrelay.metrics import Report
+from kvrelay.models.hub import resolve
+from kvrelay.models.spec import ModelSpec
+from kvrelay.models.tokenizer import Tokenizer
+from kvrelay.outputs import Detokenizer, Energy, OutputStream, StreamEvent
+from kvrelay.router.policies import open_policy
+from kvrelay.router.request import RoutedRequest, Update
+from kvrelay.router.runtime import Runtime
+from kvrelay.types import FinishReason, RequestId, SamplingParams
+
+Prompt = str | Sequence[int]
+CLOSE_TIMEOUT_S = 10.0
+
+
+class Engine:
+    """Starts the workers in its constructor; `close` stops them. Methods may be called from any thread.
+
+    Raises `ModelError`, `InvalidConfig` or `WorkerFailed` when it cannot start; nothing is left running then.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        open_policy(config.policy)
+        directory = resolve(config.model, cache_home())
+        self.config = config
+        self.spec = ModelSpec.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory)
+        self.max_model_len = _max_model_len(config, self.spec)
+        self._streams: dict[RequestId, OutputStream] = {}
+        self._arrivals = itertools.count()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._workers = open_workers(config)
+        endpoint = f"ipc://{self._workers.run_directory}/router"
+        self._runtime = Runtime(config, self._workers, endpoint, self._on_update)
+        try:
+            self._workers.start(self._worker_configs(endpoint, directory))
+            self._runtime.wait_ready(config.start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], int]:
+        """Token ids of the prompt and the most tokens the request may reach. Raises `InvalidRequest`."""
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        _check_tokens(token_ids, self.spec.vocab_size)
+        _check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
+        if len(token_ids) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(token_ids)} tokens; max_model_len={self.max_model_len} "
+                "must leave room for at least one more"
+            )
+        max_total = min(len(token_ids) + params.max_tokens, self.max_model_len)
+        self._runtime.router.check_fits(len(token_ids), max_total)
+        return token_ids, max_total
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, on_event: Callable[[StreamEvent], None]
+    ) -> RequestId:
+        """Start one request. `on_event` is called on the router's thread and must neither block nor raise.
+
+        Raises `InvalidRequest` or `EngineClosed`; afterwards every outcome comes through `on_event`.
+        """
+        arrived_s = time.monotonic()
+        token_ids, max_total = self.prepare(prompt, params)
+        with self._lock:
+            arrival = next(self._arrivals)
+        request = RoutedRequest(
+            request_id=RequestId(f"request-{arrival}"),
+            arrival=arrival,
+            params=params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            max_total_tokens=max_total,
+        )
+        stream = OutputStream(
+            request=request,
+            prompt=prompt if isinstance(prompt, str) else None,
+            on_event=on_event,
+            energy=self._energy,
+            detokenizer=Detokenizer(self.tokenizer, token_ids, tuple(params.stop)),
+            logprobs=[],
+        )
+        if self._is_closed:
+            raise EngineClosed("the engine is closed")
+        self._runtime.call(lambda _: self._begin(stream, arrived_s)).add_done_callback(
+            lambda future: future.exception()
+        )
+        return request.request_id
+
+    def finish(self, request_id: RequestId, reason: FinishReason = "abort") -> None:
+        """End a request early; its last event says so. A request that has ended is left alone."""
+        self._runtime.call(lambda now_s: self._runtime.router.finish(request_id, reason, now_s))
+
+    def report(self) -> Report:
+        """What has been measured so far. Raises `EngineClosed` after `close`."""
+        return self._runtime.call(self._runtime.measurement.report).result()
+
+    def close(self) -> dict[str, int]:
+        """Stop everything; unfinished requests end with `EngineClosed`. Safe to call twice.
+
+        Returns KV blocks that did not come home, by worker that had time to say so.
+        """
+        self._is_closed = True
+        leaked = self._runtime.close()
+        self._workers.close(CLOSE_TIMEOUT_S)
+        return {str(worker_id): count for worker_id, count in leaked.items()}
+
+    def _begin(self, stream: OutputStream, arrived_s: float) -> None:
+        self._streams[stream.request.request_id] = stream
+        self._runtime.router.submit(stream.request, arrived_s)
+
+    def _on_update(self, update: Update) -> None:
+        stream = self._streams[update.request_id]
+        if update.error is not None or update.finish_reason is not None:
+            del self._streams[update.request_id]
+        if stream.on_update(update):
+            self._runtime.router.finish(update.request_id, "stop", update.at_s)
+
+    def _energy(self, request_id: RequestId) -> Energy:
+        return self._runtime.measurement.request_energy(request_id)
+
+    def _worker_configs(self, endpoint: str, directory: Path) -> list[WorkerConfig]:
+        roles = self.config.roles()
+        return [
+            WorkerConfig(
+                worker_id=worker_id,
+                role=role,
+                index=index,
+                epoch=1,
+                endpoint=endpoint,
+                run_directory=self._workers.run_directory,
+                model_directory=str(directory),
+                num_threads=self.config.worker_threads(),
+                num_workers=len(roles),
+                engine=self.config,
+            )
+            for index, (worker_id, role) in enumerate(roles)
+        ]
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    asked, trained = config.max_model_len, spec.max_position_embeddings
+    if asked is not None and asked > trained:
+        raise InvalidConfig(f"max_model_len={asked}: the model has {trained} positions")
+    return asked or trained
+
+
+def _check_tokens(token_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:
+    if not token_ids:
+        raise InvalidRequest(f"{field}: it is empty; at least one token is needed")
+    for token in token_ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise InvalidRequest(f"{field}: token id {token!r} is not in 0 to {vocab_size - 1}")

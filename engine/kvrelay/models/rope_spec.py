@@ -1,0 +1,99 @@
+"""The rotary embedding a `config.json` asks for, in either of the two forms Hugging Face writes.
+
+Knows names and numbers. The frequencies themselves are computed in `rope`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvrelay.errors import ModelError
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Parameters of one rotary embedding; fields a kind does not use keep their defaults.
+
+    Names follow Hugging Face's `rope_parameters`. `attention_factor` multiplies cos and sin (yarn only);
+    None means the value the YaRN paper derives from `factor`.
+    """
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+def rope_spec(config: Mapping[str, Any], source: Path) -> RopeSpec:
+    """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (earlier) from a config.
+
+    Precedence follows transformers' `RotaryEmbeddingConfigMixin`: `rope_scaling` before `rope_parameters`, a
+    theta inside before one beside. Raises `ModelError` for a kind outside `ROPE_KINDS`, per-layer or partial
+    rotary embeddings, and missing or non-positive parameters; the message names `source`.
+    """
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ModelError(f"{source}: rotary parameters per layer type are not supported")
+    if kind not in ROPE_KINDS:
+        raise ModelError(f"{source}: rope type {kind!r} is not supported; supported: {list(ROPE_KINDS)}")
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ModelError(
+            f"{source}: partial_rotary_factor {partial} is not supported; only whole heads rotate"
+        )
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    return _checked(_from_parameters(kind, parameters, config, source), source)
+
+
+def _from_parameters(
+    kind: str, parameters: dict[str, Any], config: Mapping[str, Any], source: Path
+) -> RopeSpec:
+    limit = int(config["max_position_embeddings"])
+    original = config.get("original_max_position_embeddings") or parameters.get(
+        "original_max_position_embeddings", limit
+    )
+    factor = parameters.get("factor")
+    if factor is None and kind == "yarn":
+        factor = limit / original
+    if factor is None and kind != "default":
+        raise ModelError(f"{source}: rope type {kind!r} needs 'factor'")
+    if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= parameters.keys():
+        raise ModelError(f"{source}: rope type 'llama3' needs 'low_freq_factor' and 'high_freq_factor'")
+    return RopeSpec(
+        kind=kind,
+        theta=float(parameters["rope_theta"]),
+        factor=float(factor) if factor is not None and kind != "default" else 1.0,
+        original_max_position_embeddings=int(original),
+        low_freq_factor=float(parameters.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(parameters.get("high_freq_factor") or 4.0),
+        attention_factor=parameters.get("attention_factor") if kind == "yarn" else None,
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        mscale=float(parameters.get("mscale") or 0.0),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0.0),
+        truncate=bool(parameters.get("truncate", True)),
+    )
+
+
+def _checked(rope: RopeSpec, source: Path) -> RopeSpec:
+    for name in ("theta", "factor", "original_max_position_embeddings", "low_freq_factor", "beta_fast"):
+        if not getattr(rope, name) > 0:
+            raise ModelError(f"{source}: rotary {name} must be positive, not {getattr(rope, name)}")
+    if rope.kind == "llama3" and not rope.high_freq_factor > rope.low_freq_factor:
+        raise ModelError(
+            f"{source}: high_freq_factor {rope.high_freq_factor} must exceed "
+            f"low_freq_factor {rope.low_freq_factor}"
+        )
+    return rope

@@ -1,0 +1,132 @@
+"""What a caller gets back: streamed pieces and finished outputs, and how tokens become them.
+
+Knows text and stop strings. Knows nothing of workers, sockets or tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from kvrelay.errors import KVRelayError
+from kvrelay.metrics import Timings
+from kvrelay.models.tokenizer import Tokenizer
+from kvrelay.router.request import RoutedRequest, Update
+from kvrelay.types import FinishReason, RequestId, TokenLogprobs
+
+
+class Energy(msgspec.Struct, frozen=True, kw_only=True):
+    """Joules spent on one request; None where nobody measured. `source` says who did, or on what assumption."""
+
+    prefill_j: float | None = None
+    transfer_j: float | None = None
+    decode_j: float | None = None
+    source: str | None = None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished request. `text` ends before a stop string; `token_ids` holds every generated token."""
+
+    request_id: RequestId
+    prompt: str | None
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    timings: Timings
+    energy: Energy
+
+
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """News of one request: new text and tokens; `output` on its end, `error` when it failed."""
+
+    request_id: RequestId
+    text: str = ""
+    token_ids: list[int] = []
+    output: RequestOutput | None = None
+    error: KVRelayError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class OutputStream:
+    """One request on the caller's side: tokens in, `StreamEvent`s out through `on_event`."""
+
+    request: RoutedRequest
+    prompt: str | None
+    on_event: Callable[[StreamEvent], None]
+    energy: Callable[[RequestId], Energy]
+    detokenizer: "Detokenizer"
+    logprobs: list[TokenLogprobs]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.request.token_ids[self.request.num_prompt_tokens :]
+
+    def on_update(self, update: Update) -> bool:
+        """Pass one update on; True when a stop string was found, so that the request must be ended.
+
+        After the end nothing more is passed on.
+        """
+        if update.error is not None:
+            self.on_event(StreamEvent(request_id=update.request_id, error=update.error))
+            return False
+        tokens = [] if update.token_id is None else [update.token_id]
+        if update.logprobs is not None:
+            self.logprobs.append(update.logprobs)
+        text = self.detokenizer.push(tokens, is_last=update.finish_reason is not None)
+        if self.detokenizer.is_stopped and update.finish_reason is None:
+            self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens))
+            return True
+        reason: FinishReason | None = "stop" if self.detokenizer.is_stopped else update.finish_reason
+        output = None if reason is None else self._output(reason, update.at_s)
+        self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens, output=output))
+        return False
+
+    def _output(self, reason: FinishReason, end_s: float) -> RequestOutput:
+        request = self.request
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
+            text=self.detokenizer.text,
+            token_ids=self.token_ids,
+            finish_reason=reason,
+            logprobs=None if request.params.logprobs is None else self.logprobs,
+            timings=request.ledger.timings(end_s),
+            energy=self.energy(request.request_id),
+        )
+
+
+class Detokenizer:
+    """Tokens to text as they come, cut before the first stop string.
+
+    Text that may yet turn out to be the beginning of a stop string is held back until it is known not to be.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], stop: tuple[str, ...]) -> None:
+        self._stream = tokenizer.stream(prompt_token_ids)
+        self._stop = stop
+        self._num_emitted = 0
+        self.text = ""
+        self.is_stopped = False
+
+    def push(self, token_ids: list[int], *, is_last: bool) -> str:
+        """Text that is certain now and was not before."""
+        if self.is_stopped:
+            return ""
+        search_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += self._stream.push(token_ids) + (self._stream.flush() if is_last else "")
+        found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
+        if found:
+            self.text, self.is_stopped = self.text[: min(found)], True
+        end = len(self.text) if is_last or self.is_stopped else len(self.text) - self._num_undecided()
+        piece, self._num_emitted = self.text[self._num_emitted : end], max(end, self._num_emitted)
+        return piece
+
+    def _num_undecided(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        ends = range(min(longest, len(self.text)), 0, -1)
+        return next((n for n in ends if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)

@@ -1,0 +1,231 @@
+"""The router's thread: owns the control socket, drives the pure core, watches workers.
+
+Everything the core touches is touched on this thread only; other threads hand over closures with `call`.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import zmq
+
+from kvrelay import wire
+from kvrelay.config import EngineConfig
+from kvrelay.errors import ERRORS, EngineClosed, KVRelayError, ProtocolError, WorkerFailed
+from kvrelay.router.core import Router
+from kvrelay.router.measure import Measurement
+from kvrelay.router.policies import open_policy
+from kvrelay.router.request import Update
+from kvrelay.types import WorkerId
+from kvrelay.wakeup import Wakeup
+from kvrelay.wire import Connect, Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
+
+TICK_S = 0.05
+LAST_WORDS_S = 0.2  # how long a dead worker's last messages may still be on their way
+STOP_TIMEOUT_S = 10.0
+
+Result = TypeVar("Result")
+logger = logging.getLogger("kvrelay")
+
+
+class WorkerWatch(Protocol):
+    """The part of `kvrelay.launch.Workers` that the router needs."""
+
+    def dead(self) -> list[tuple[WorkerId, str]]:
+        """Workers that ended since the last call, with reasons."""
+
+    def kill(self, worker_id: WorkerId) -> None:
+        """End one at once."""
+
+
+class Runtime:
+    """One router and its thread. `on_update` is called on that thread and must not block or raise."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        watch: WorkerWatch,
+        endpoint: str,
+        on_update: Callable[[Update], None],
+    ) -> None:
+        self._config, self._watch = config, watch
+        self.router = Router(open_policy(config.policy), self._send, on_update)
+        self.measurement = Measurement(config, self.router)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.bind(endpoint)
+        self._wakeup = Wakeup()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._waiting_for = {worker_id for worker_id, _ in config.roles()}
+        self._handshakes: set[tuple[WorkerId, WorkerId]] = set()
+        self._ready: Future[None] = Future()
+        self._heard_s: dict[WorkerId, float] = {}
+        self._stopped: dict[WorkerId, int] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="kvrelay-router", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every worker is loaded and every pair has shaken hands.
+
+        Raises what a worker raised while it started, or `WorkerFailed` with the end of its log.
+        """
+        try:
+            self._ready.result(timeout_s)
+        except TimeoutError:
+            missing = ", ".join(sorted(self._waiting_for)) or "the handshakes"
+            raise WorkerFailed(f"not ready after {timeout_s:g} s; still waiting for {missing}") from None
+
+    def call(self, function: Callable[[float], Result]) -> "Future[Result]":
+        """Run `function(now_s)` on the router's thread. The future fails with `EngineClosed` after `close`."""
+        future: Future[Result] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function(time.monotonic()))
+            except KVRelayError as error:
+                future.set_exception(error)
+
+        if not self._thread.is_alive() or self._closing:
+            future.set_exception(EngineClosed("the engine is closed"))
+            return future
+        self._commands.append(command)
+        self._wakeup.set()
+        return future
+
+    def close(self) -> dict[WorkerId, int]:
+        """Fail what is in flight, stop the workers and the thread; leaked blocks by worker that said so."""
+        if not self._closing:
+            self._closing = True
+            self._wakeup.set()
+            self._thread.join()
+            self.measurement.close()
+            self._socket.close()
+            self._context.term()
+            self._wakeup.close()
+        return self._stopped
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        try:
+            while not self._closing:
+                poller.poll(TICK_S * 1000)
+                self._step()
+            self._shut_down()
+        except Exception as error:  # noqa: BLE001  a bug here must end every request, never hang it
+            logger.exception("the router's thread failed")
+            self._fail_all(KVRelayError(f"the router failed: {type(error).__name__}: {error}"))
+
+    def _step(self) -> None:
+        self._wakeup.clear()
+        while self._commands:
+            self._commands.popleft()()
+        self._receive()
+        for worker_id, reason in self._watch.dead():
+            self._on_dead(worker_id, reason)
+        self._check_silence(time.monotonic())
+
+    def _receive(self, timeout_s: float = 0.0) -> None:
+        """Handle what has arrived; with a time-out, also what still arrives until then."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._socket.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+            identity, data = self._socket.recv_multipart()
+            try:
+                message = wire.decode(data, "worker_to_router")
+            except ProtocolError as error:
+                logger.error("from %s: %s", identity.decode(errors="replace"), error)
+                continue
+            now_s = time.monotonic()
+            self._heard_s[WorkerId(identity.decode())] = now_s
+            self._handle(message, now_s)
+
+    def _handle(self, message: Any, now_s: float) -> None:
+        match message:
+            case Hello():
+                self._on_hello(message)
+            case Connected():
+                self._on_connected(message)
+            case StartFailed():
+                error = ERRORS.get(message.error, WorkerFailed)
+                self._not_ready(error(f"{message.worker_id} did not start: {message.message}"))
+            case Stopped():
+                self._stopped[message.worker_id] = message.num_leaked_blocks
+            case _:
+                if isinstance(message, StepReport):
+                    self.measurement.on_step(message)
+                elif isinstance(message, wire.Heartbeat):
+                    self.measurement.on_heartbeat(message)
+                self.router.on_message(message, now_s)
+
+    def _on_hello(self, hello: Hello) -> None:
+        self.router.add_worker(hello)
+        self._waiting_for.discard(hello.worker_id)
+        if self._waiting_for:
+            return
+        hellos = [worker.hello for worker in self.router.workers.values()]
+        self.measurement.open(hellos)
+        decodes = [hello for hello in hellos if hello.role == "decode"]
+        for prefill in (hello for hello in hellos if hello.role == "prefill"):
+            for decode in decodes:
+                self._handshakes.add((prefill.worker_id, decode.worker_id))
+                self._send(prefill.worker_id, Connect(peer=decode.descriptor))
+        self._say_ready_if_done()
+
+    def _on_connected(self, message: Connected) -> None:
+        self._handshakes.discard((message.worker_id, message.peer))
+        if message.error:
+            name, _, text = message.error.partition(": ")
+            self._not_ready(ERRORS.get(name, WorkerFailed)(text))
+        self._say_ready_if_done()
+
+    def _say_ready_if_done(self) -> None:
+        if not self._handshakes and not self._waiting_for and not self._ready.done():
+            self._ready.set_result(None)
+
+    def _not_ready(self, error: KVRelayError) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+
+    def _on_dead(self, worker_id: WorkerId, reason: str) -> None:
+        self._receive(LAST_WORDS_S)
+        self._not_ready(WorkerFailed(f"{worker_id} did not start: {reason}"))
+        if worker_id in self.router.workers and not self._closing:
+            logger.error("%s died: %s", worker_id, reason)
+            self.router.on_worker_dead(worker_id, reason, time.monotonic())
+
+    def _check_silence(self, now_s: float) -> None:
+        for worker_id, totals in self.router.workers.items():
+            silent_s = now_s - self._heard_s.get(worker_id, now_s)
+            if totals.is_alive and silent_s > self._config.worker_timeout_s and self.router.has_work(worker_id):
+                logger.error("%s was silent for %.0f s: ended", worker_id, silent_s)
+                self._heard_s[worker_id] = now_s
+                self._watch.kill(worker_id)
+
+    def _shut_down(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+        self._fail_all(EngineClosed("the engine was closed while the request ran"))
+        self._not_ready(EngineClosed("the engine was closed before it was ready"))
+        alive = {worker_id for worker_id, totals in self.router.workers.items() if totals.is_alive}
+        for worker_id in alive:
+            self._send(worker_id, Shutdown())
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while alive - self._stopped.keys() and time.monotonic() < deadline_s:
+            self._receive(TICK_S)
+            alive -= {worker_id for worker_id, _ in self._watch.dead()}
+
+    def _fail_all(self, error: KVRelayError) -> None:
+        for request_id in list(self.router.requests):
+            self.router.fail(request_id, error, time.monotonic())
+
+    def _send(self, worker_id: WorkerId, message: Message) -> None:
+        self._socket.send_multipart([worker_id.encode(), wire.encode(message)])

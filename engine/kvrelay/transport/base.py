@@ -1,0 +1,132 @@
+"""What a transport is: the protocol, its events, and where it lives.
+
+Shaped like NIXL's agent (register memory, connect to a peer's descriptor, post writes by block index, poll,
+notify), so that NIXL is one adapter among others. Source: NIXL, `docs/nixl.md`, ai-dynamo/nixl.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvrelay.cache.store import KVStore
+from kvrelay.errors import InvalidConfig, LayoutMismatch
+from kvrelay.types import TicketId, WorkerId
+from kvrelay.wire import Descriptor, Filled, Filling
+
+if TYPE_CHECKING:
+    from kvrelay.transport.inproc import InprocHub
+
+Notification = Filling | Filled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Who opens the transport, and where its files may lie. `hub` joins threads of one process."""
+
+    worker_id: WorkerId
+    epoch: int
+    run_directory: str
+    hub: "InprocHub | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """Copy K and V of one layer, block by block, into the peer's pages.
+
+    `source_blocks[i]` goes to `target_blocks[i]`. `ready()` blocks until the source bytes are computed
+    (a device event); None when they already are.
+    """
+
+    ticket_id: TicketId
+    peer: WorkerId
+    layer: int
+    source_blocks: Sequence[int]
+    target_blocks: Sequence[int]
+    ready: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """The write is complete: its bytes are in the peer's memory."""
+
+    write: Write
+    num_bytes: int
+    start_s: float
+    end_s: float
+    cpu_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailed:
+    """The write did not happen, or not whole."""
+
+    write: Write
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A peer's notification arrived."""
+
+    message: Notification
+
+
+TransportEvent = WriteDone | WriteFailed | Notice
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """Counts since the start; bytes and nanoseconds as integers so that they add exactly."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count `amount` more of `name`."""
+        self.counters[name] = self.counters.get(name, 0) + amount
+
+
+class Transport(Protocol):
+    """One worker's end of the data plane. Only `poll` reports; nothing else blocks but `cancel`, briefly."""
+
+    def allocate(self, num_bytes: int) -> memoryview:
+        """Zeroed host memory that peers will be able to write into."""
+
+    def register(self, store: KVStore) -> Descriptor:
+        """Open the store's landing pages to peers; the descriptor is what they pass to `connect`."""
+
+    def connect(self, peer: Descriptor) -> None:
+        """Map the peer's pages. Raises `LayoutMismatch` when layouts differ, `TransportError` otherwise."""
+
+    def write(self, write: Write) -> None:
+        """Post one write. It ends as exactly one `WriteDone` or `WriteFailed`, unless it is cancelled."""
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        """After this returns, no write of the ticket touches the peer's memory or will be reported."""
+
+    def notify(self, peer: WorkerId, message: Notification) -> None:
+        """Tell the peer something about a ticket. Ordered only against other notifications to the peer."""
+
+    def poll(self) -> list[TransportEvent]:
+        """What happened since the last call; never blocks."""
+
+    def pollables(self) -> list[Any]:
+        """Sockets or file descriptors that become readable when `poll` has something."""
+
+    def telemetry(self) -> dict[str, int]:
+        """Counters: `bytes_written`, `writes`, `write_ns`, `notifications`, and the transport's own."""
+
+    def close(self) -> None:
+        """Stop writing, unmap peers, leave nothing behind. Safe to call twice."""
+
+
+def check_layout(mine: Descriptor, peer: Descriptor) -> None:
+    """Refuse a pairing whose pages differ, naming the fields. Raises `LayoutMismatch`."""
+    if mine.layout.fingerprint() != peer.layout.fingerprint():
+        difference = mine.layout.difference(peer.layout)
+        raise LayoutMismatch(f"{mine.worker_id} and {peer.worker_id} hold different KV: {difference}")
+
+
+def no_options(name: str, options: dict[str, str]) -> None:
+    """Raise `InvalidConfig` when a transport without options is given some."""
+    if options:
+        raise InvalidConfig(f"transport={name!r} takes no options; got {', '.join(sorted(options))}")

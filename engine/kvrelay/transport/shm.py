@@ -1,0 +1,139 @@
+"""Worker processes on one host: decode's pages are memory that prefill maps and writes in place.
+
+The memory is an anonymous `memfd`, reached through `/proc/PID/fd/N`: it has no name, so nothing is left
+behind however a process ends, and the size of `/dev/shm` does not limit it. Notifications travel over a
+ZeroMQ socket in the engine's private run directory. Linux only.
+"""
+
+import mmap
+import os
+import sys
+from typing import Any
+
+import zmq
+
+from kvrelay import wire
+from kvrelay.cache.store import KVStore, view_pages
+from kvrelay.errors import ProtocolError, TransportError
+from kvrelay.transport.base import (
+    Notice,
+    Notification,
+    Site,
+    TransportEvent,
+    Write,
+    check_layout,
+    no_options,
+)
+from kvrelay.transport.writer import PageWriter
+from kvrelay.types import TicketId, WorkerId
+from kvrelay.wire import Descriptor
+
+
+class ShmTransport:
+    """See `Transport`."""
+
+    def __init__(self, site: Site, options: dict[str, str]) -> None:
+        no_options("shm", options)
+        if not sys.platform.startswith("linux"):
+            raise TransportError(f"shm needs Linux (memfd and /proc); this is {sys.platform}")
+        self._site = site
+        self._file = -1
+        self._mine: Descriptor | None = None
+        self.writer = PageWriter(site.worker_id)
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._endpoint = f"ipc://{site.run_directory}/kv-{site.worker_id}-{site.epoch}"
+        self._inbox.bind(self._endpoint)
+        self._outboxes: dict[WorkerId, zmq.Socket[bytes]] = {}
+
+    def allocate(self, num_bytes: int) -> memoryview:
+        self._file = os.memfd_create("kvrelay-pages", os.MFD_CLOEXEC)
+        os.ftruncate(self._file, num_bytes)
+        return memoryview(mmap.mmap(self._file, num_bytes))
+
+    def register(self, store: KVStore) -> Descriptor:
+        self.writer.source = store.pages
+        address: dict[str, str | int] = {
+            "pid": os.getpid(),
+            "file": self._file,
+            "inode": os.fstat(self._file).st_ino,
+            "endpoint": self._endpoint,
+        }
+        self._mine = Descriptor(
+            transport="shm",
+            worker_id=self._site.worker_id,
+            epoch=self._site.epoch,
+            layout=store.layout,
+            num_blocks=store.num_blocks,
+            address=address,
+        )
+        return self._mine
+
+    def connect(self, peer: Descriptor) -> None:
+        assert self._mine is not None, "register comes before connect"
+        check_layout(self._mine, peer)
+        pages = view_pages(peer.layout, peer.num_blocks, _map_peer(peer))
+        outbox = self._context.socket(zmq.PUSH)
+        outbox.setsockopt(zmq.LINGER, 0)
+        outbox.connect(str(peer.address["endpoint"]))
+        previous = self._outboxes.pop(peer.worker_id, None)
+        if previous is not None:
+            previous.close()
+        self.writer.peers[peer.worker_id] = pages
+        self._outboxes[peer.worker_id] = outbox
+
+    def write(self, write: Write) -> None:
+        self.writer.submit(write)
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        self.writer.cancel(ticket_id)
+
+    def notify(self, peer: WorkerId, message: Notification) -> None:
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            raise TransportError(f"not connected to {peer}; connected: {sorted(self._outboxes)}")
+        try:
+            outbox.send(wire.encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            raise TransportError(f"{peer} does not read its notifications") from None
+        self.writer.telemetry.add("notifications")
+
+    def poll(self) -> list[TransportEvent]:
+        events = self.writer.drain()
+        while self._inbox.poll(0):
+            try:
+                events.append(Notice(wire.decode(self._inbox.recv(), "notification")))
+            except ProtocolError:
+                self.writer.telemetry.add("rejected_notifications")
+        return events
+
+    def pollables(self) -> list[Any]:
+        return [self.writer.wakeup.fileno(), self._inbox]
+
+    def telemetry(self) -> dict[str, int]:
+        return dict(self.writer.telemetry.counters)
+
+    def close(self) -> None:
+        if self._context.closed:
+            return
+        self.writer.close()
+        self._context.destroy(linger=0)
+        if self._file >= 0:
+            os.close(self._file)
+
+
+def _map_peer(peer: Descriptor) -> memoryview:
+    """The peer's memory, checked to be the file that the descriptor means and long enough."""
+    path = f"/proc/{peer.address['pid']}/fd/{peer.address['file']}"
+    num_bytes = peer.num_blocks * peer.layout.block_bytes
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise TransportError(f"cannot reach the pages of {peer.worker_id} at {path}: {error}") from error
+    try:
+        status = os.fstat(file)
+        if status.st_ino != peer.address["inode"] or status.st_size < num_bytes:
+            raise TransportError(f"{path} is not the memory of {peer.worker_id}: did that process end?")
+        return memoryview(mmap.mmap(file, num_bytes))
+    finally:
+        os.close(file)

@@ -1,0 +1,127 @@
+"""One thread that copies pages into mapped peer memory, in order, and can be told to forget a ticket.
+
+Shared by every transport whose peers are reachable by plain loads and stores.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kvrelay.errors import TransportError
+from kvrelay.transport.base import Telemetry, TransportEvent, Write, WriteDone, WriteFailed
+from kvrelay.types import TicketId, WorkerId
+from kvrelay.wakeup import Wakeup
+
+
+class PageWriter:
+    """Copies posted writes on its own thread; `peers` maps a worker to its pages tensor."""
+
+    def __init__(self, name: str) -> None:
+        self.peers: dict[WorkerId, torch.Tensor] = {}
+        self.source: torch.Tensor | None = None
+        self.wakeup = Wakeup()
+        self.telemetry = Telemetry()
+        self._queue: deque[Write] = deque()
+        self._events: deque[TransportEvent] = deque()
+        self._changed = threading.Condition()
+        self._active: TicketId | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"{name}-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, write: Write) -> None:
+        """Queue one write. Raises `TransportError` when the peer is not connected."""
+        if write.peer not in self.peers:
+            raise TransportError(f"not connected to {write.peer}; connected: {sorted(self.peers)}")
+        if len(write.source_blocks) != len(write.target_blocks):
+            raise TransportError(f"{len(write.source_blocks)} blocks into {len(write.target_blocks)}")
+        with self._changed:
+            self._queue.append(write)
+            self._changed.notify_all()
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        """Forget the ticket's queued writes and outcomes; wait for the one in progress."""
+        with self._changed:
+            self._queue = deque(write for write in self._queue if write.ticket_id != ticket_id)
+            self._changed.wait_for(lambda: self._active != ticket_id)
+            self._events = deque(event for event in self._events if _ticket(event) != ticket_id)
+
+    def drain(self) -> list[TransportEvent]:
+        """Outcomes since the last call."""
+        self.wakeup.clear()
+        with self._changed:
+            events = list(self._events)
+            self._events.clear()
+        return events
+
+    def close(self) -> None:
+        """Finish the write in progress, drop the rest, join the thread."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        self.peers.clear()
+        self.source = None
+        self.wakeup.close()
+
+    def _run(self) -> None:
+        while (write := self._next()) is not None:
+            event = self._copy(write)
+            with self._changed:
+                self._active = None
+                self._events.append(event)
+                self._changed.notify_all()
+            self.wakeup.set()
+
+    def _next(self) -> Write | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or bool(self._queue))
+            if self._closed:
+                return None
+            write = self._queue.popleft()
+            self._active = write.ticket_id
+            return write
+
+    def _copy(self, write: Write) -> TransportEvent:
+        assert self.source is not None, "a store is registered before anything is written"
+        if write.ready is not None:
+            write.ready()
+        start_s, cpu_s = time.monotonic(), time.thread_time()
+        try:
+            num_bytes = copy_layer(self.source[write.layer], self.peers[write.peer][write.layer], write)
+        except (RuntimeError, IndexError) as error:  # torch reports a bad copy so
+            return WriteFailed(write, f"{type(error).__name__}: {error}")
+        end_s = time.monotonic()
+        self.telemetry.add("writes")
+        self.telemetry.add("bytes_written", num_bytes)
+        self.telemetry.add("write_ns", int((end_s - start_s) * 1e9))
+        return WriteDone(write, num_bytes, start_s, end_s, time.thread_time() - cpu_s)
+
+
+def _ticket(event: TransportEvent) -> TicketId | None:
+    return event.write.ticket_id if isinstance(event, WriteDone | WriteFailed) else None
+
+
+def copy_layer(source: torch.Tensor, target: torch.Tensor, write: Write) -> int:
+    """Copy the write's blocks between two layers `[2, num_blocks, …]`; the number of bytes."""
+    num_bytes = 0
+    for first_source, first_target, count in runs(write.source_blocks, write.target_blocks):
+        if first_target + count > target.shape[1] or first_source + count > source.shape[1]:
+            raise IndexError(f"blocks {first_source}→{first_target} (+{count}) lie outside the pages")
+        view = source[:, first_source : first_source + count]
+        target[:, first_target : first_target + count].copy_(view)
+        num_bytes += view.numel() * view.element_size()
+    return num_bytes
+
+
+def runs(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Longest stretches where both lists count up by one: (first source, first target, length)."""
+    start = 0
+    for i in range(1, len(source) + 1):
+        if i == len(source) or source[i] != source[i - 1] + 1 or target[i] != target[i - 1] + 1:
+            yield source[start], target[start], i - start
+            start = i

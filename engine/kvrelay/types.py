@@ -1,0 +1,194 @@
+"""The nouns every layer shares: ids, sampling parameters, the KV layout, tickets, latency events.
+
+Knows nothing of tensors, sockets or text. Everything here travels on the control plane, so everything
+here is a `msgspec` struct.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, NewType
+
+import msgspec
+
+from kvrelay.errors import InvalidRequest
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+TicketId = NewType("TicketId", str)
+Phase = Literal["prefill", "transfer", "decode"]
+Role = Literal["prefill", "decode", "colocated"]
+FinishReason = Literal["stop", "length", "abort"]
+
+BLOCK_SIZE = 64
+LAYOUT_VERSION = 1
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
+    """Pages that `num_tokens` tokens occupy: the ceiling of the quotient."""
+    return -(-num_tokens // block_size)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen and when a request ends; names and defaults are vLLM's.
+
+    `temperature=0` is greedy. `top_k=0` (or -1) and `top_p=1` switch those filters off. With a `seed`, the
+    token drawn depends on (seed, position, distribution) only, whichever way the request was served;
+    without one, the engine draws a seed. `logprobs=k` returns the chosen token's and the k most likely
+    tokens' log-probabilities, after penalties and before temperature.
+
+    Raises `InvalidRequest`, naming the field, when a value is out of range.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        msgspec.structs.force_setattr(self, "stop", stop)
+        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for field, (ok, expected) in self._rules().items():
+            if not ok:
+                raise InvalidRequest(f"{field}={getattr(self, field)!r}: expected {expected}")
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        stops_ok = len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop)
+        return {
+            "max_tokens": (self.max_tokens >= 1, "an integer >= 1"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens={self.max_tokens}"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "a finite number >= 0"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            "top_k": (self.top_k >= -1, "an integer >= -1"),
+            "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "None or 0 to 2**63-1"),
+            "stop": (stops_ok, f"at most {MAX_STOP_STRINGS} non-empty strings"),
+            "stop_token_ids": (
+                all(_is_integer(token) and token >= 0 for token in self.stop_token_ids),
+                "token ids >= 0",
+            ),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "a finite number above 0"),
+            "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
+            "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
+        }
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_kinds(params: SamplingParams) -> None:
+    optional = {"seed", "logprobs"}
+    for field in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+        value = getattr(params, field)
+        if not _is_integer(value) and not (value is None and field in optional):
+            raise InvalidRequest(f"{field}={value!r}: expected an integer")
+    floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    for field in floats:
+        value = getattr(params, field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"{field}={value!r}: expected a number")
+    for field in ("stop", "stop_token_ids"):
+        value = getattr(params, field)
+        if not isinstance(value, str | list | tuple) or (field == "stop_token_ids" and isinstance(value, str)):
+            raise InvalidRequest(f"{field}={value!r}: expected a list")
+
+
+class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """What two workers must agree on before KV may move between them.
+
+    One page of one layer holds K then V of `block_size` tokens, each `[num_kv_heads, block_size, head_dim]`.
+    `model` identifies the weights (a digest of the configuration and of the weight files' headers).
+    """
+
+    model: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = BLOCK_SIZE
+    version: int = LAYOUT_VERSION
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of K (or of V) of one block in one layer."""
+        size = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return self.num_kv_heads * self.block_size * self.head_dim * size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, K and V."""
+        return self.num_layers * 2 * self.page_bytes
+
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly when the layouts are."""
+        return hashlib.blake2b(msgspec.json.encode(self), digest_size=8).hexdigest()
+
+    def difference(self, other: "KVLayout") -> str:
+        """The fields that differ, `name: mine != theirs`, for an error a person can act on."""
+        fields = (f for f in self.__struct_fields__ if getattr(self, f) != getattr(other, f))
+        return ", ".join(f"{f}: {getattr(self, f)!r} != {getattr(other, f)!r}" for f in fields)
+
+
+class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """Permission to write one request's prompt KV into blocks that decode has reserved.
+
+    Minted once by the decode worker; afterwards committed, aborted or expired, exactly once. `epoch` is the
+    decode worker's: a ticket of an earlier epoch opens nothing. The lease is the longest silence allowed
+    between two signs of life from the writer.
+    """
+
+    ticket_id: TicketId
+    request_id: RequestId
+    attempt: int
+    decode_worker: WorkerId
+    epoch: int
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    lease_s: float
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt at one request as workers see it.
+
+    `token_ids` is the prompt and, after a retry, the tokens already delivered; the first
+    `num_prompt_tokens` of them are the user's. All but the last are prefilled; the last is decode's first
+    input. `max_total_tokens` bounds prompt and output together. `arrival` numbers requests by age, retries
+    included: the lower, the older.
+    """
+
+    request_id: RequestId
+    attempt: int
+    arrival: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    max_total_tokens: int
+    params: SamplingParams
+    seed: int
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens whose KV the prefill phase computes."""
+        return len(self.token_ids) - 1
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities at one output position: the chosen token's, and the most likely tokens'."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float] = {}

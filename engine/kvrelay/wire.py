@@ -1,0 +1,259 @@
+"""The control plane's closed union of messages, and its only codec.
+
+Knows names and shapes of messages, not who sends them when. Unknown input raises `ProtocolError`; nothing
+from the network is ever unpickled.
+"""
+
+from typing import Any
+
+import msgspec
+
+from kvrelay.errors import ProtocolError
+from kvrelay.types import (
+    FinishReason,
+    KVLayout,
+    Phase,
+    RequestId,
+    RequestSpec,
+    Role,
+    TicketId,
+    TokenLogprobs,
+    TransferTicket,
+    WorkerId,
+)
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of every control message; the tag on the wire is the class name."""
+
+
+# Descriptors and notifications of the data plane -----------------------------------------------------
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
+    """How peers reach one worker's KV pages: the transport's own address beside the common layout."""
+
+    transport: str
+    worker_id: WorkerId
+    epoch: int
+    layout: KVLayout
+    num_blocks: int
+    address: dict[str, str | int]
+
+
+class Filling(Message):
+    """Prefill to decode: the writer is at work on the ticket, or still has it queued. Renews the lease."""
+
+    ticket_id: TicketId
+
+
+class Filled(Message):
+    """Prefill to decode: every write of the ticket is complete. `digests` is empty unless they are on."""
+
+    ticket_id: TicketId
+    layout_fingerprint: str
+    num_tokens: int
+    num_bytes: int
+    digests: tuple[str, ...] = ()
+
+
+# Router to worker --------------------------------------------------------------------------------------
+
+
+class Connect(Message):
+    """Map the peer's pages and compare layouts; answered by `Connected`."""
+
+    peer: Descriptor
+
+
+class Reserve(Message):
+    """Reserve decode blocks for the request; answered by `Reserved` as soon as there is room."""
+
+    request: RequestSpec
+
+
+class Prefill(Message):
+    """Compute the request's KV and write it where the ticket says."""
+
+    request: RequestSpec
+    ticket: TransferTicket
+
+
+class Abort(Message):
+    """Stop an attempt: on the decode side, or, with its `ticket`, on the prefill side.
+
+    The prefill side always answers `WriterGone`, whether or not it still had the job.
+    """
+
+    request_id: RequestId
+    attempt: int
+    ticket: TransferTicket | None = None
+
+
+class Shutdown(Message):
+    """Finish nothing, free everything, exit."""
+
+
+# Worker to router --------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """A worker is loaded and listening."""
+
+    worker_id: WorkerId
+    pid: int
+    role: Role
+    device: str
+    num_threads: int
+    descriptor: Descriptor
+    load_s: float
+
+
+class StartFailed(Message):
+    """A worker could not start; `error` is a class name of `kvrelay.errors`."""
+
+    worker_id: WorkerId
+    error: str
+    message: str
+
+
+class Connected(Message):
+    """The handshake with one peer ended; `error` is empty when it succeeded."""
+
+    worker_id: WorkerId
+    peer: WorkerId
+    error: str = ""
+
+
+class Reserved(Message):
+    """Decode blocks are reserved; `ticket` is None when there is nothing to prefill (one-token prompt)."""
+
+    request_id: RequestId
+    attempt: int
+    ticket: TransferTicket | None
+    at_s: float
+
+
+class Mark(Message):
+    """A point in a request's life, on the host's monotonic clock."""
+
+    request_id: RequestId
+    attempt: int
+    event: str
+    at_s: float
+
+
+class NewToken(msgspec.Struct, frozen=True, kw_only=True):
+    """One generated token; `finish_reason` is set on the last."""
+
+    request_id: RequestId
+    attempt: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class StepReport(Message):
+    """What one engine step did: one phase, its time, and the tokens each request got from it.
+
+    For the transfer phase `moved_bytes` says what was copied for whom, and a token counts once its last
+    layer has left. `end_s - start_s` is time at work: gaps between writes are left out.
+    """
+
+    worker_id: WorkerId
+    phase: Phase
+    start_s: float
+    end_s: float
+    cpu_s: float
+    num_tokens: dict[str, int]
+    tokens: tuple[NewToken, ...] = ()
+    moved_bytes: dict[str, int] = {}
+
+
+class Preempted(Message):
+    """Decode needed the blocks; the attempt is over and its tokens so far stand."""
+
+    request_id: RequestId
+    attempt: int
+
+
+class AttemptFailed(Message):
+    """The attempt ended in an error; `retryable` says whether another attempt may succeed."""
+
+    request_id: RequestId
+    attempt: int
+    error: str
+    message: str
+    retryable: bool
+
+
+class WriterGone(Message):
+    """The writer of a ticket can no longer write: worker to router, passed on to the decode worker."""
+
+    ticket_id: TicketId
+    decode_worker: WorkerId
+
+
+class Heartbeat(Message):
+    """Everything the worker did up to `at_s` has been reported; and the state of its pool."""
+
+    worker_id: WorkerId
+    at_s: float
+    num_free_blocks: int
+    num_blocks: int
+    num_running: int
+    num_waiting: int
+    num_tickets: int
+    peak_blocks: int
+    counters: dict[str, int]
+
+
+class Stopped(Message):
+    """The worker's last message: whether every block came home."""
+
+    worker_id: WorkerId
+    num_leaked_blocks: int
+
+
+_ROUTER_TO_WORKER = Connect | Reserve | Prefill | Abort | WriterGone | Shutdown
+_WORKER_TO_ROUTER = (
+    Hello
+    | StartFailed
+    | Connected
+    | Reserved
+    | Mark
+    | StepReport
+    | Preempted
+    | AttemptFailed
+    | WriterGone
+    | Heartbeat
+    | Stopped
+)
+_NOTIFICATION = Filling | Filled
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    "router_to_worker": msgspec.msgpack.Decoder(_ROUTER_TO_WORKER),
+    "worker_to_router": msgspec.msgpack.Decoder(_WORKER_TO_ROUTER),
+    "notification": msgspec.msgpack.Decoder(_NOTIFICATION),
+}
+
+
+def encode(message: Message) -> bytes:
+    """Message to msgpack bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, direction: str) -> Any:
+    """Bytes to a message of one direction's union: `router_to_worker`, `worker_to_router`, `notification`.
+
+    Raises `ProtocolError` on anything else, over-long input included.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoders[direction].decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"{direction}: {error}") from error

@@ -1,0 +1,131 @@
+"""From a worker's settings to its model, pages and transport.
+
+Decides what `auto` means here: the device, the dtype, the size of the pool.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.store import DTYPES, KVStore
+from kvrelay.config import EngineConfig, WorkerConfig
+from kvrelay.errors import InvalidConfig
+from kvrelay.models.loading import load_model
+from kvrelay.models.spec import ModelSpec
+from kvrelay.runner import Runner
+from kvrelay.transport import open_transport
+from kvrelay.transport.base import Site
+from kvrelay.transport.inproc import InprocHub
+from kvrelay.types import KVLayout, num_blocks
+from kvrelay.wire import Descriptor, Message
+from kvrelay.worker.parts import WorkerParts
+
+CPU_MEMORY_SHARE = 0.25  # of the memory available at start, over all workers
+CUDA_MEMORY_SHARE = 0.85  # of the device memory left after the weights
+SEQUENCES_BY_DEFAULT = 8  # full-length sequences a CPU pool is sized for, memory permitting
+
+
+def load_parts(
+    config: WorkerConfig, hub: InprocHub | None, send: Callable[[Message], None]
+) -> tuple[WorkerParts, Descriptor]:
+    """Load everything one worker needs. Raises `ModelError`, `InvalidConfig` or `TransportError`."""
+    directory = Path(config.model_directory)
+    spec = ModelSpec.from_directory(directory)
+    device = choose_device(config.engine.device, config.index)
+    dtype = choose_dtype(config.engine.dtype, spec.dtype_name, device)
+    decoder = load_model(directory, device, DTYPES[dtype])
+    layout = KVLayout(
+        model=model_identity(directory),
+        dtype=dtype,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+    )
+    count = size_pool(config.engine, layout, spec, device, config.num_workers)
+    site = Site(
+        worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub
+    )
+    transport = open_transport(config.engine.transport, site)
+    store = KVStore(layout, count, transport.allocate(count * layout.block_bytes), device)
+    parts = WorkerParts(
+        config=config,
+        pool=BlockPool(count),
+        store=store,
+        runner=Runner(decoder, store, frozenset(spec.eos_token_ids)),
+        transport=transport,
+        send=send,
+    )
+    return parts, transport.register(store)
+
+
+def choose_device(asked: str, index: int) -> torch.device:
+    """`auto`: CUDA where there is one, workers spread over the boards; else the CPU."""
+    has_cuda = torch.cuda.is_available()
+    if asked.startswith("cuda") and not has_cuda:
+        raise InvalidConfig(f"device={asked!r}: torch {torch.__version__} sees no CUDA device here")
+    if asked == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    if asked.startswith("cuda:"):
+        return torch.device(asked)
+    return torch.device("cuda", index % torch.cuda.device_count())
+
+
+def choose_dtype(asked: str, checkpoint: str, device: torch.device) -> str:
+    """`auto`: the checkpoint's on CUDA; on a CPU bfloat16 only where it multiplies bfloat16 natively."""
+    if asked != "auto":
+        if device.type == "cpu" and asked == "float16":
+            raise InvalidConfig("dtype='float16': a CPU multiplies float16 a hundred times slower; use float32")
+        return asked
+    if device.type != "cpu":
+        return checkpoint if checkpoint in DTYPES else "bfloat16"
+    return "bfloat16" if _multiplies_bfloat16() and checkpoint != "float32" else "float32"
+
+
+def size_pool(
+    engine: EngineConfig, layout: KVLayout, spec: ModelSpec, device: torch.device, num_workers: int
+) -> int:
+    """Blocks of the pool: as asked, else what the memory share holds. Raises `InvalidConfig` when it is none."""
+    if engine.num_kv_blocks is not None:
+        return engine.num_kv_blocks
+    length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
+    available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers
+    wanted = SEQUENCES_BY_DEFAULT * num_blocks(length)
+    if device.type == "cuda":
+        available = min(2 * available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+        wanted = int(available) // layout.block_bytes
+    count = min(wanted, int(available) // layout.block_bytes)
+    if count < 1:
+        raise InvalidConfig(
+            f"num_kv_blocks: {int(available)} bytes may be used for KV, one block needs {layout.block_bytes}"
+        )
+    return count
+
+
+def model_identity(directory: Path) -> str:
+    """16 hex digits of the configuration and of each weight file's name, size and header.
+
+    Two directories that differ only in weight values of equal shape, file by file, are not told apart.
+    """
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=8)
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, 1 << 20))
+        digest.update(f"{path.name}/{path.stat().st_size}".encode() + header)
+    return digest.hexdigest()
+
+
+def _multiplies_bfloat16() -> bool:
+    flags = _cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # "bf16": Arm
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    rows = path.read_text().splitlines() if path.exists() else []
+    line = next((row for row in rows if row.lower().startswith(("flags", "features"))), "")
+    return set(line.split())

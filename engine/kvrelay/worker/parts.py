@@ -1,0 +1,42 @@
+"""What the two sides of a worker share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.store import KVStore
+from kvrelay.config import WorkerConfig
+from kvrelay.runner import Runner
+from kvrelay.transport.base import Transport
+from kvrelay.types import RequestSpec
+from kvrelay.wire import AttemptFailed, Mark, Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerParts:
+    """One worker's model, pages and ways out; `send` speaks to the router."""
+
+    config: WorkerConfig
+    pool: BlockPool
+    store: KVStore
+    runner: Runner
+    transport: Transport
+    send: Callable[[Message], None]
+
+    def mark(self, request: RequestSpec, event: str, at_s: float | None = None) -> None:
+        """Tell the router that the request reached a point in its life."""
+        at_s = time.monotonic() if at_s is None else at_s
+        self.send(Mark(request_id=request.request_id, attempt=request.attempt, event=event, at_s=at_s))
+
+    def fail(self, request: RequestSpec, error: Exception, *, retryable: bool) -> None:
+        """Tell the router that the attempt is over, and why."""
+        self.send(
+            AttemptFailed(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                error=type(error).__name__,
+                message=str(error),
+                retryable=retryable,
+            )
+        )

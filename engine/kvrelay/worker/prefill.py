@@ -1,0 +1,182 @@
+"""The prefill side: computes prompts chunk by chunk and relays each layer's KV while the next is computed."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kvrelay.errors import TransferFailed, TransportError
+from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
+from kvrelay.transport.base import Write, WriteDone, WriteFailed
+from kvrelay.types import BLOCK_SIZE, TicketId, TransferTicket
+from kvrelay.wire import Abort, Filled, Filling, Prefill, StepReport, WriterGone
+from kvrelay.worker.parts import WorkerParts
+
+
+class PrefillSide:
+    """Fills tickets; `commit_local` hands a prompt to the decode side of this same worker."""
+
+    def __init__(self, parts: WorkerParts, commit_local: Callable[[TicketId], None]) -> None:
+        self._parts, self._commit_local = parts, commit_local
+        self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens)
+        self._next_renewal_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._scheduler)
+
+    def start(self, message: Prefill) -> None:
+        """Queue a prompt."""
+        is_local = message.ticket.decode_worker == self._parts.config.worker_id
+        self._scheduler.add(PrefillJob(message.request, message.ticket, is_local))
+
+    def abort(self, message: Abort) -> None:
+        """Stop writing to the ticket, whether or not its job is still here, and say so."""
+        assert message.ticket is not None
+        job = self._scheduler.get(message.ticket.ticket_id)
+        self._parts.transport.cancel(message.ticket.ticket_id)
+        if job is not None:
+            self._scheduler.remove(job)
+        self._say_gone(message.ticket)
+
+    def step(self) -> bool:
+        """Compute the next chunks; False when there is nothing to compute or no page to compute it into."""
+        chunks = self._scheduler.plan()
+        if not chunks:
+            return False
+        start_s, cpu_s = time.monotonic(), time.process_time()
+        for chunk in chunks:
+            if chunk.start == 0:
+                self._parts.mark(chunk.job.request, "prefill_started", start_s)
+        self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+        end_s = time.monotonic()
+        for chunk in chunks:
+            chunk.job.num_computed += chunk.length
+        self._report(chunks, start_s, end_s, time.process_time() - cpu_s)
+        for chunk in chunks:
+            if chunk.job.is_computed:
+                self._parts.mark(chunk.job.request, "prefill_finished", end_s)
+                self._finish_if_done(chunk.job)
+        return True
+
+    def on_writes_done(self, events: Sequence[WriteDone]) -> None:
+        """Count completed writes; a job whose last write this was is handed over."""
+        if not events:
+            return
+        moved_bytes: Counter[str] = Counter()
+        num_tokens: Counter[str] = Counter()
+        for event in events:
+            job = self._scheduler.get(event.write.ticket_id)
+            if job is None:
+                continue
+            job.num_outstanding_writes -= 1
+            job.last_write_s = event.end_s
+            job.num_bytes_written += event.num_bytes
+            moved_bytes[job.request.request_id] += event.num_bytes
+            if event.write.layer == self._parts.store.layout.num_layers - 1:
+                num_tokens[job.request.request_id] += len(event.write.source_blocks) * BLOCK_SIZE
+        start_s = events[0].start_s
+        self._parts.send(
+            StepReport(
+                worker_id=self._parts.config.worker_id,
+                phase="transfer",
+                start_s=start_s,
+                end_s=start_s + sum(event.end_s - event.start_s for event in events),
+                cpu_s=sum(event.cpu_s for event in events),
+                num_tokens=dict(num_tokens),
+                moved_bytes=dict(moved_bytes),
+            )
+        )
+        for job in list(self._scheduler):
+            self._finish_if_done(job)
+
+    def on_write_failed(self, event: WriteFailed) -> None:
+        """Give the attempt up: part of its KV did not leave."""
+        job = self._scheduler.get(event.write.ticket_id)
+        if job is not None:
+            self._give_up(job, TransferFailed(f"writing KV to {event.write.peer} failed: {event.reason}"))
+
+    def renew(self, now_s: float) -> None:
+        """Keep the leases of tickets held here alive, four times per lease; give up on writes that hang."""
+        if now_s < self._next_renewal_s:
+            return
+        lease_s = self._parts.config.engine.lease_s
+        self._next_renewal_s = now_s + lease_s / 4
+        for job in list(self._scheduler):
+            if job.num_outstanding_writes and now_s - job.last_write_s > lease_s:
+                reason = f"{job.num_outstanding_writes} KV writes did not complete within {lease_s:g} s"
+                self._give_up(job, TransferFailed(f"{job.request.request_id}: {reason}"))
+            elif not job.is_local:
+                self._notify(job, Filling(ticket_id=job.ticket.ticket_id))
+
+    def close(self) -> None:
+        """Drop every job."""
+        for job in list(self._scheduler):
+            self._parts.transport.cancel(job.ticket.ticket_id)
+            self._scheduler.remove(job)
+
+    def _relay(self, chunks: Sequence[Chunk], layer: int) -> None:
+        for chunk in chunks:
+            job = chunk.job
+            if job.is_local:
+                continue
+            job.num_outstanding_writes += 1
+            job.last_write_s = time.monotonic()
+            self._parts.transport.write(
+                Write(
+                    ticket_id=job.ticket.ticket_id,
+                    peer=job.ticket.decode_worker,
+                    layer=layer,
+                    source_blocks=[job.block_ids[page] for page in chunk.pages],
+                    target_blocks=[job.ticket.block_ids[page] for page in chunk.pages],
+                    ready=self._parts.runner.copy_fence(),
+                )
+            )
+
+    def _finish_if_done(self, job: PrefillJob) -> None:
+        if not job.is_computed or job.num_outstanding_writes:
+            return
+        if job.is_local:
+            self._scheduler.remove(job)
+            self._commit_local(job.ticket.ticket_id)
+            return
+        digests: tuple[str, ...] = ()
+        if self._parts.config.engine.verify_kv:
+            digests = self._parts.store.digests(job.block_ids)
+        filled = Filled(
+            ticket_id=job.ticket.ticket_id,
+            layout_fingerprint=self._parts.store.layout.fingerprint(),
+            num_tokens=job.num_tokens,
+            num_bytes=job.num_bytes_written,
+            digests=digests,
+        )
+        if self._notify(job, filled):
+            self._scheduler.remove(job)
+
+    def _notify(self, job: PrefillJob, message: Filling | Filled) -> bool:
+        try:
+            self._parts.transport.notify(job.ticket.decode_worker, message)
+        except TransportError as error:
+            self._give_up(job, error)
+            return False
+        return True
+
+    def _give_up(self, job: PrefillJob, error: Exception) -> None:
+        self._parts.transport.cancel(job.ticket.ticket_id)
+        self._scheduler.remove(job)
+        self._parts.fail(job.request, error, retryable=True)
+        self._say_gone(job.ticket)
+
+    def _say_gone(self, ticket: TransferTicket) -> None:
+        gone = WriterGone(ticket_id=ticket.ticket_id, decode_worker=ticket.decode_worker)
+        self._parts.send(gone)
+
+    def _report(self, chunks: Sequence[Chunk], start_s: float, end_s: float, cpu_s: float) -> None:
+        self._parts.send(
+            StepReport(
+                worker_id=self._parts.config.worker_id,
+                phase="prefill",
+                start_s=start_s,
+                end_s=end_s,
+                cpu_s=cpu_s,
+                num_tokens={chunk.job.request.request_id: chunk.length for chunk in chunks},
+            )
+        )

@@ -1,0 +1,35 @@
+"""Options and fixtures of the whole suite: `--slow` runs what a default run only samples."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_engine import write_tiny_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="long; run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte tokenizer, small enough for hundreds of requests a second."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """Fail when a worker process or a run directory outlives the test."""
+    from tiny_engine import leftovers
+
+    before = leftovers()
+    yield
+    assert leftovers() == before

@@ -1,0 +1,273 @@
+"""Sampling: the exact filtered distribution, seeds that do not see the batch, vLLM's penalties."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay.sampler import Row, sample, uniform
+from kvrelay.types import SamplingParams
+
+VOCAB = 12
+NUM_DRAWS = 3000
+CHI_SQUARE_1E5 = {
+    df: df + 4.27 * math.sqrt(2 * df) + 12.0 for df in range(1, VOCAB)
+}  # above the 1e-5 quantile
+
+
+def row(
+    prompt: Sequence[int] = (0,),
+    output: Sequence[int] = (),
+    seed: int = 0,
+    eos: Sequence[int] = (),
+    **params: object,
+) -> Row:
+    return Row(
+        SamplingParams(**params),  # type: ignore[arg-type]
+        seed,
+        [*prompt, *output],
+        len(prompt),
+        eos,
+    )
+
+
+def logits(seed: int = 0, num_rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def draw(values: torch.Tensor, *rows: Row) -> list[int]:
+    return [token for token, _ in sample(values.clone(), rows)]
+
+
+def filtered(values: torch.Tensor, params: SamplingParams) -> list[float]:
+    """The distribution sampling should follow, token by token in plain Python."""
+    weights = [math.exp(v / params.temperature) for v in values.tolist()]
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
+    kept = order[: params.top_k] if params.top_k > 0 else order
+    total, before, nucleus = sum(weights[t] for t in kept), 0.0, []
+    for token in kept:
+        if before < params.top_p:
+            nucleus.append(token)
+        before += weights[token] / total
+    nucleus = [t for t in nucleus if weights[t] >= params.min_p * weights[order[0]]] or nucleus[:1]
+    total = sum(weights[t] for t in nucleus)
+    return [weights[t] / total if t in nucleus else 0.0 for t in range(len(weights))]
+
+
+# Which token -----------------------------------------------------------------------------------------
+
+
+def test_temperature_zero_is_the_largest_logit_whatever_the_filters() -> None:
+    values = logits(3, 2)
+    greedy = draw(values, row(temperature=0.0), row(temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seed=9))
+    assert greedy == values.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+    ],
+)
+def test_draws_follow_the_filtered_distribution(params: dict[str, float]) -> None:
+    values = logits(1)[0]
+    expected = filtered(values, SamplingParams(**params))  # type: ignore[arg-type]
+    rows = [row(seed=seed, **params) for seed in range(NUM_DRAWS)]
+    counts = Counter(draw(values.expand(NUM_DRAWS, VOCAB), *rows))
+    assert set(counts) <= {token for token, p in enumerate(expected) if p > 0}, "a filtered token was drawn"
+    possible = [token for token, p in enumerate(expected) if p * NUM_DRAWS >= 5]
+    statistic = sum((counts[t] - NUM_DRAWS * expected[t]) ** 2 / (NUM_DRAWS * expected[t]) for t in possible)
+    assert statistic < CHI_SQUARE_1E5[max(1, len(possible) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("params", "support"),
+    [
+        ({"top_k": 1}, {0}),
+        ({"top_k": 0}, {0, 1, 2, 3}),
+        ({"top_k": -1}, {0, 1, 2, 3}),
+        ({"top_k": 100}, {0, 1, 2, 3}),
+        ({"top_p": 1e-9}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.501}, {0, 1}),
+        ({"top_p": 1.0}, {0, 1, 2, 3}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.49}, {0, 1}),
+        ({"min_p": 0.51}, {0}),
+        ({"min_p": 0.0}, {0, 1, 2, 3}),
+    ],
+)
+def test_filters_keep_what_they_should_at_their_edges(params: dict[str, float], support: set[int]) -> None:
+    values = torch.tensor([8.0, 4.0, 2.0, 2.0]).log()[None]  # probabilities 1/2, 1/4, 1/8, 1/8
+    rows = [row(seed=seed, **params) for seed in range(300)]
+    assert set(draw(values.expand(300, 4), *rows)) == support
+
+
+def test_a_very_small_temperature_is_greedy() -> None:
+    values = torch.tensor([[3.0, 5.0, 4.0]])
+    for temperature in (1e-3, 1e-30, 1e-308, 5e-324):
+        assert draw(values, row(temperature=temperature)) == [1], f"temperature={temperature}"
+
+
+# Seeds -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**63 - 1), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
+    seed: int, num_others: int, shuffler: random.Random
+) -> None:
+    values = logits(5, num_others + 1)
+    mine = row((1, 2), (3,), seed=seed, top_p=0.9, frequency_penalty=0.3, logprobs=3)
+    alone = sample(values[:1].clone(), [mine])[0]
+    others = [row(seed=i, temperature=i % 2, repetition_penalty=1.5) for i in range(num_others)]
+    order = list(range(num_others + 1))
+    shuffler.shuffle(order)
+    together = sample(values[order].clone(), [[mine, *others][i] for i in order])
+    assert together[order.index(0)] == alone
+
+
+def test_a_retry_that_counts_delivered_tokens_in_draws_the_same() -> None:
+    values = logits(2)
+    assert [draw(values, row((1, 2), (3,) * n, seed=7)) for n in range(8)] == [
+        draw(values, row((1, 2), (3,) * n, seed=7)) for n in range(8)
+    ]
+    tokens = {tuple(draw(values, row((1, 2), (3,) * n, seed=s))[0] for n in range(8)) for s in range(20)}
+    assert len(tokens) == 20, "seeds must differ"
+
+
+def test_uniform_numbers_are_uniform_over_seeds_and_over_positions() -> None:
+    for numbers in ([uniform(seed, 5) for seed in range(2000)], [uniform(5, p) for p in range(2000)]):
+        assert all(0.0 <= number < 1.0 for number in numbers)
+        buckets = Counter(int(number * 10) for number in numbers)
+        assert sum((buckets[i] - 200) ** 2 / 200 for i in range(10)) < 40
+    assert uniform(2**63 - 1, 0) != uniform(0, 0)
+
+
+def test_seeds_do_not_share_their_numbers_at_other_positions() -> None:
+    """Seeds 0, 1, 2 … are what people use: their streams must not be each other's, shuffled."""
+    streams = [{uniform(seed, position) for position in range(64)} for seed in range(16)]
+    assert len(set.union(*streams)) == 16 * 64
+
+
+# Penalties -------------------------------------------------------------------------------------------
+
+
+def penalised(values: torch.Tensor, r: Row) -> list[float]:
+    """vLLM's semantics: repetition over prompt and output; presence and frequency over the output."""
+    result = values.tolist()
+    output = r.token_ids[r.num_prompt_tokens :]
+    for token in set(r.token_ids):
+        penalty = r.params.repetition_penalty
+        result[token] = result[token] / penalty if result[token] > 0 else result[token] * penalty
+    for token, count in Counter(output).items():
+        result[token] -= r.params.presence_penalty + count * r.params.frequency_penalty
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+    st.lists(st.integers(0, VOCAB - 1), max_size=6),
+    st.sampled_from([0.5, 1.0, 1.7]),
+    st.sampled_from([-2.0, 0.0, 1.1]),
+    st.sampled_from([-1.0, 0.0, 0.4]),
+)
+def test_penalties_equal_vllms(
+    prompt: list[int], output: list[int], repetition: float, presence: float, frequency: float
+) -> None:
+    values = logits(len(output))
+    r = row(
+        prompt,
+        output,
+        temperature=0.0,
+        logprobs=VOCAB,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+    )
+    expected = torch.tensor(penalised(values[0], r))
+    ((token, logprobs),) = sample(values.clone(), [r])
+    assert token == int(expected.argmax())
+    assert logprobs is not None
+    for other, value in enumerate(expected.log_softmax(-1).tolist()):
+        assert logprobs.top[other] == pytest.approx(value, abs=1e-5)
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    values, seen = logits(4), [1, 1, 5, 9]
+    process = transformers.RepetitionPenaltyLogitsProcessor(1.3)
+    expected = process(torch.tensor([seen]), values.clone()).log_softmax(-1)[0]
+    ((_, logprobs),) = sample(values.clone(), [row(seen, repetition_penalty=1.3, logprobs=VOCAB)])
+    assert logprobs is not None
+    assert [logprobs.top[t] for t in range(VOCAB)] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+# Log-probabilities and minimum length -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_logprobs_are_log_softmax_before_temperature(count: int, temperature: float) -> None:
+    values = logits(6)
+    ((token, logprobs),) = sample(values.clone(), [row(temperature=temperature, top_k=2, logprobs=count)])
+    expected = values.log_softmax(-1)[0]
+    assert logprobs is not None
+    assert logprobs.token_id == token
+    assert logprobs.logprob == pytest.approx(float(expected[token]), abs=1e-6)
+    best = expected.topk(count)
+    assert list(logprobs.top) == best.indices.tolist(), "most likely first"
+    assert list(logprobs.top.values()) == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_no_logprobs_unless_asked() -> None:
+    assert sample(logits(), [row()])[0][1] is None
+
+
+def test_more_logprobs_than_the_vocabulary_has_gives_all_of_them() -> None:
+    ((_, logprobs),) = sample(logits(vocab=8), [row(logprobs=20)])
+    assert logprobs is not None
+    assert len(logprobs.top) == 8
+
+
+@pytest.mark.parametrize(("num_output", "is_blocked"), [(0, True), (1, True), (2, False)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_min_tokens_blocks_eos_and_stop_ids_until_reached(
+    num_output: int, is_blocked: bool, temperature: float
+) -> None:
+    values = torch.zeros(1, VOCAB)
+    values[0, 4], values[0, 7] = 30.0, 29.0
+    settings_ = {"min_tokens": 2, "stop_token_ids": [7], "temperature": temperature, "top_k": 2}
+    drawn = {draw(values, row((0,), (1,) * num_output, seed=s, eos=(4,), **settings_))[0] for s in range(30)}
+    assert (not drawn & {4, 7}) if is_blocked else drawn <= {4, 7}
+
+
+# Broken logits ---------------------------------------------------------------------------------------
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    values = torch.full((1, VOCAB), float("-inf"))
+    values[0, 3] = values[0, 5] = 0.0
+    assert set(draw(values.expand(200, VOCAB), *[row(seed=s) for s in range(200)])) == {3, 5}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_an_error_not_a_token(bad: float, temperature: float) -> None:
+    """Contract 4: a number that is no number must not become a token that looks like an answer."""
+    values = logits()
+    values[0, 4] = bad
+    with pytest.raises(Exception, match=r"(?i)nan|inf|finite"):
+        sample(values, [row(temperature=temperature)])
