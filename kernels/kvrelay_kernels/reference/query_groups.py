@@ -37,18 +37,27 @@ class QueryGroup:
         return means.transpose(0, 1).flatten(1, 2)
 
     def sampled(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` evenly spaced rows of each block, the last included, and their absolute positions.
+        """``count`` evenly spaced rows of each block and head, and their absolute positions.
 
+        Of a block of n rows, head g of G takes rows ``floor((i + (g + 1/2) / G) * n / count)``: the heads
+        interleave, so that their average, which is what is ranked, sees ``count * G`` distinct rows.
         Returns ``[num_kv_heads, m * count * group, head_dim]`` and ``[m * count * group]``; rows of a partial
         block that holds fewer repeat.
         """
-        steps = torch.arange(1, count + 1, device=self.q.device)
-        starts = range(0, self.q.shape[0], BLOCK_SIZE)
-        lengths = [min(BLOCK_SIZE, self.q.shape[0] - start) for start in starts]
-        picks = [
-            start + (steps * n // count - 1).clamp(min=0) for start, n in zip(starts, lengths, strict=True)
-        ]
-        return self.rows(torch.cat(picks))
+        num_rows, _, group, _ = self.q.shape
+        steps = torch.arange(count, device=self.q.device)[:, None] * 2 * group
+        phases = torch.arange(group, device=self.q.device) * 2 + 1
+        starts = range(0, num_rows, BLOCK_SIZE)
+        lengths = [min(BLOCK_SIZE, num_rows - start) for start in starts]
+        picks = torch.stack(
+            [
+                start + (steps + phases) * n // (2 * group * count)
+                for start, n in zip(starts, lengths, strict=True)
+            ]
+        )  # [m, count, group]
+        heads = torch.arange(group, device=self.q.device).expand_as(picks)
+        sampled = self.q[picks, :, heads]  # [m, count, group, num_kv_heads, head_dim]
+        return sampled.flatten(0, 2).transpose(0, 1), self.first_position + picks.flatten()
 
     def rows(self, picks: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``picks [r]`` as ``[num_kv_heads, r * group, head_dim]`` with positions ``[r * group]``."""
