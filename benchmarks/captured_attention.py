@@ -4,13 +4,15 @@ Knows the engine's model code. Knows nothing of selectors.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
+from kvrelay.models.rope import inverse_frequencies
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay_kernels import BLOCK_SIZE, PagedKV
 
@@ -52,26 +54,31 @@ def token_ids(model: Path, text: Path, num_tokens: int) -> Tensor:
     return torch.tensor(ids[:num_tokens])
 
 
-def capture(
-    model: Path, ids: Tensor, visit: Callable[[CapturedLayer], None], layers: range | None = None
-) -> None:
-    """Run a dense prefill of ``ids [n]`` and hand each layer (of ``layers``, or all) to ``visit`` in order.
+def load_layers(directory: Path, num_layers: int | None) -> Decoder:
+    """The model in float32, or its first ``num_layers`` layers."""
+    model = load_model(directory, "cpu", torch.float32)
+    return model if num_layers is None else replace(model, layers=model.layers[:num_layers])
+
+
+def rope_frequencies(model: Decoder) -> Tensor:
+    """``[head_dim / 2]`` radians per position, float64."""
+    inverse, _ = inverse_frequencies(model.spec.rope, model.spec.head_dim)
+    return inverse.double()
+
+
+def capture(model: Decoder, ids: Tensor, visit: Callable[[CapturedLayer], None]) -> None:
+    """Run a dense prefill of ``ids [n]`` and hand each layer to ``visit``, in order.
 
     One layer is alive at a time unless ``visit`` keeps it.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, mass = exact_attention(q, k, v)
-        if layers is None or layer in layers:
-            visit(
-                CapturedLayer(
-                    layer=layer, q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), out=out, mass=mass
-                )
-            )
+        q, k, v = (rows.contiguous() for rows in (q, k, v))
+        visit(CapturedLayer(layer=layer, q=q, k=k, v=v, out=out, mass=mass))
         return out
 
-    with torch.inference_mode():
-        load_model(model, "cpu", torch.float32).forward(ids, torch.arange(len(ids)), attend)
+    model.forward(ids, torch.arange(len(ids)), attend)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

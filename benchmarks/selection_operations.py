@@ -28,7 +28,16 @@ NUM_Q_HEADS, HEAD_DIM = 3, 64  # one KV head of SmolLM2-135M; shares do not depe
 
 _MATMULS = ("mm", "bmm")
 _PER_OUTPUT = ("add", "sub", "mul", "div", "exp", "sqrt", "pow", "square", "clamp", "reciprocal")
-_PER_INPUT = {"sum": 1, "mean": 1, "amin": 1, "amax": 1, "cumsum": 1, "topk": 1, "_softmax": 4, "logsumexp": 4}
+_PER_INPUT = {
+    "sum": 1,
+    "mean": 1,
+    "amin": 1,
+    "amax": 1,
+    "cumsum": 1,
+    "topk": 1,
+    "_softmax": 4,
+    "logsumexp": 4,
+}
 
 
 class OperationCounter(TorchDispatchMode):
@@ -138,9 +147,7 @@ def _group_operations(
     rows = torch.tensor([0, width], dtype=torch.int32)
     chosen = []
     operations = counted(
-        lambda: chosen.append(
-            select_blocks(q, kv, config, cu_seqlens_q=rows, stats=stats, impl="reference")
-        )
+        lambda: chosen.append(select_blocks(q, kv, config, cu_seqlens_q=rows, stats=stats, impl="reference"))
     )
     return operations, chosen[0].attended_pairs(rows.diff(), lengths)
 

@@ -21,8 +21,6 @@ class SelectionConfig:
     top_p: if set, stop adding blocks once those taken hold this share of the estimated attention mass.
     candidate_factor: candidates handed to the exact rerank, as a multiple of the budget.
     beam_factor: nodes kept per tree level, as a multiple of the candidates.
-    box_extent: share of a box's half-width a query is credited with when nodes and pages are ranked: 1 is
-        the upper bound of its logit (Quest), 0 the logit of the box's centre.
     sampled_queries: rows of a query block and head that rerank the candidates exactly; the heads of a GQA
         group sample different rows.
     sibling_blocks: query blocks that share one candidate list (1 to share none).
@@ -36,8 +34,7 @@ class SelectionConfig:
     local_blocks: int = 2
     top_p: float | None = None
     candidate_factor: float = 2.0
-    beam_factor: float = 1.0
-    box_extent: float = 0.5
+    beam_factor: float = 2.0
     sampled_queries: int = 2
     sibling_blocks: int = FANOUT
 
@@ -57,9 +54,6 @@ class SelectionConfig:
         for name in ("candidate_factor", "beam_factor"):
             if getattr(self, name) < 1.0:
                 raise InvalidArgument(name, needed="at least 1.0", got=getattr(self, name))
-
-        if not 0.0 <= self.box_extent <= 1.0:
-            raise InvalidArgument("box_extent", needed="in [0, 1]", got=self.box_extent)
 
     @property
     def num_candidates(self) -> int:

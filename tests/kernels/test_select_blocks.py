@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kvrelay_kernels as kk
 from kernel_batches import Batch, decode_queries, make_batch
 from kvrelay_kernels.reference.query_groups import query_groups
-from kvrelay_kernels.reference.select_blocks_flat import box_logits
+from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.reference.sequences import iterate_chunks
 
 SELECTORS = sorted(kk.SELECTORS)
@@ -189,22 +189,14 @@ def test_groups_of_a_chunk_that_starts_inside_one_keep_absolute_bounds() -> None
     assert [group.frontier for group in groups] == [4, 8]
 
 
-def test_box_logits_at_full_extent_are_reached_by_a_corner_and_exceeded_by_no_key() -> None:
+def test_box_bound_is_reached_by_a_corner_and_exceeded_by_no_key() -> None:
     generator = torch.Generator().manual_seed(0)
     q, keys = (torch.randn(1, n, 4, generator=generator, dtype=torch.float64) for n in (9, 50))
     lower, upper = keys.amin(1, keepdim=True), keys.amax(1, keepdim=True)
     corners = torch.cartesian_prod(*torch.stack([lower[0, 0], upper[0, 0]], -1))
-    bound = box_logits(q, lower, upper)[0, :, 0]
+    bound = box_bound(q, lower, upper)[0, :, 0]
     assert (q[0] @ keys[0].T <= bound[:, None]).all()
     torch.testing.assert_close((q[0] @ corners.T).amax(1), bound)
-
-
-def test_box_logits_at_no_extent_are_those_of_the_centre() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, lower, upper = (torch.randn(2, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    torch.testing.assert_close(box_logits(q, lower, upper, 0.0), q @ ((lower + upper) / 2).transpose(1, 2))
-    half = (box_logits(q, lower, upper, 1.0) + box_logits(q, lower, upper, 0.0)) / 2
-    torch.testing.assert_close(box_logits(q, lower, upper, 0.5), half)
 
 
 @pytest.mark.parametrize(("q_len", "want"), [(64, [8, 24, 40, 56]), (1, [0, 0, 0, 0]), (6, [0, 2, 3, 5])])

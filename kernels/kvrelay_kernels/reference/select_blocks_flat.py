@@ -1,6 +1,6 @@
 """Selectors that look at every page's statistics once: ``local``, ``mean_pool`` and ``quest``.
 
-``box_logits`` is quest's and the tree's: the logit a query may reach within a box of keys.
+``box_bound`` is quest's and the tree's: the upper bound of a query's logit over the keys in a box.
 """
 
 import torch
@@ -10,17 +10,12 @@ from kvrelay_kernels.reference.query_groups import QueryGroup, ScoredBlocks, mea
 from kvrelay_kernels.selection import SelectionConfig
 
 
-def box_logits(q: Tensor, lower: Tensor, upper: Tensor, extent: float = 1.0) -> Tensor:
-    """``q.centre + extent * |q|.half_width`` of each box, as two products.
+def box_bound(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Largest ``q.k`` over all k with ``lower <= k <= upper`` per channel (Quest, arXiv 2406.10774, eq. 2).
 
-    With extent 1 this is the largest ``q.k`` over all k with ``lower <= k <= upper`` per channel (Quest,
-    arXiv 2406.10774, eq. 2); it grows with the box and favours wide ones, which a smaller extent corrects.
     q ``[heads, r, d]``, lower and upper ``[heads, n, d]`` give ``[heads, r, n]``.
     """
-    positive, negative = q.clamp(min=0), q.clamp(max=0)
-    near, far = (1 + extent) / 2, (1 - extent) / 2
-    towards_upper, towards_lower = near * positive + far * negative, near * negative + far * positive
-    return towards_upper @ upper.transpose(-1, -2) + towards_lower @ lower.transpose(-1, -2)
+    return q.clamp(min=0) @ upper.transpose(-1, -2) + q.clamp(max=0) @ lower.transpose(-1, -2)
 
 
 def local(group: QueryGroup, config: SelectionConfig, _scale: float) -> ScoredBlocks:
@@ -48,7 +43,7 @@ def quest(group: QueryGroup, _config: SelectionConfig, scale: float) -> ScoredBl
     """Mean query against the min/max box of each page (Quest, arXiv 2406.10774)."""
     blocks = _earlier_blocks(group)
     lower, upper = (group.view.statistic(name, blocks) for name in ("minimum", "maximum"))
-    return _with_own(group, blocks, box_logits(group.pooled(), lower, upper) * scale)
+    return _with_own(group, blocks, box_bound(group.pooled(), lower, upper) * scale)
 
 
 def _earlier_blocks(group: QueryGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""Selectors ``tree`` (the default) and ``two_stage``: boxes name candidates, sampled queries decide.
+"""Selectors ``tree`` (the default) and ``two_stage``: bounds name candidates, sampled queries decide.
 
 A group of sibling query blocks walks down the tree of key boxes with its mean queries, keeping a beam of
 nodes per level (``tree``) or scans all pages (``two_stage``). The candidates it ends with are scored
-exactly by a few rows of every query block. Boxes: Quest (arXiv 2406.10774); tree, sharing and rerank: this
+exactly by a few rows of every query block. Bounds: Quest (arXiv 2406.10774); tree, sharing and rerank: this
 library.
 """
 
@@ -17,7 +17,7 @@ from kvrelay_kernels.reference.query_groups import (
     forced_blocks,
     mean_over_rows,
 )
-from kvrelay_kernels.reference.select_blocks_flat import box_logits
+from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.selection import SelectionConfig
 
 
@@ -27,14 +27,14 @@ def tree(group: QueryGroup, config: SelectionConfig, scale: float) -> ScoredBloc
     nodes = torch.arange(-(-group.frontier // FANOUT**level), device=group.q.device)
     frontier = nodes.expand(group.q.shape[1], -1)
     while level > 0:
-        kept = _keep_nodes(group, frontier, level, config, scale)
+        kept = _keep_nodes(group, frontier, level, config.beam, scale)
         level -= 1
         frontier = _children(kept, level, group.frontier)
     return _rerank(group, _candidates(group, frontier, config, scale), config, scale)
 
 
 def two_stage(group: QueryGroup, config: SelectionConfig, scale: float) -> ScoredBlocks:
-    """Boxes of every page, then the rerank: quadratic in pages, the tree's own yardstick."""
+    """Bounds of every page, then the rerank: quadratic in pages, the tree's own yardstick."""
     pages = torch.arange(group.frontier, device=group.q.device).expand(group.q.shape[1], -1)
     return _rerank(group, _candidates(group, pages, config, scale), config, scale)
 
@@ -47,10 +47,8 @@ def start_level(frontier: int, beam: int) -> int:
     return level
 
 
-def _keep_nodes(
-    group: QueryGroup, nodes: Tensor, level: int, config: SelectionConfig, scale: float
-) -> Tensor:
-    """The ``config.beam`` best of ``nodes [heads, n]`` (-1: none) and every node that has no box yet.
+def _keep_nodes(group: QueryGroup, nodes: Tensor, level: int, beam: int, scale: float) -> Tensor:
+    """The ``beam`` best of ``nodes [heads, n]`` (-1: none) and every node that has no box yet.
 
     A node has none when its home page is not known to be complete: it straddles, or just touches, the causal
     frontier. There are at most two such nodes per level, and they are kept on top of the beam.
@@ -58,8 +56,8 @@ def _keep_nodes(
     homes = (nodes + 1) * FANOUT**level + HOME_OFFSETS[level]
     boxed = (nodes >= 0) & (homes < group.frontier)
     straddling = nodes.masked_fill(boxed, -1)
-    logits = _box_logits(group, homes.masked_fill(~boxed, -1), level, config, scale)
-    top = _shares(logits, boxed).topk(min(config.beam, nodes.shape[1]), dim=-1)
+    scores = _bound_shares(group, homes.masked_fill(~boxed, -1), level, scale)
+    top = scores.topk(min(beam, nodes.shape[1]), dim=-1)
     best = nodes.gather(1, top.indices).masked_fill(top.values == -torch.inf, -1)
     return torch.cat([best, straddling.sort(-1, descending=True).values[:, :2]], dim=1)
 
@@ -70,27 +68,20 @@ def _children(nodes: Tensor, level: int, frontier: int) -> Tensor:
     return child.masked_fill(missing, -1)
 
 
-def _box_logits(
-    group: QueryGroup, homes: Tensor, level: int, config: SelectionConfig, scale: float
-) -> Tensor:
-    """Logits of the mean queries on the boxes at ``homes [heads, n]``: ``[heads, m * group, n]``."""
+def _bound_shares(group: QueryGroup, homes: Tensor, level: int, scale: float) -> Tensor:
+    """Softmax of the bounds over the nodes, mean over siblings and heads, ``[heads, n]``; -inf where none."""
     prefix = "coarse_" if level else ""
     lower, upper = (group.view.statistic(prefix + name, homes) for name in ("minimum", "maximum"))
-    return box_logits(group.pooled(), lower, upper, config.box_extent) * scale
-
-
-def _shares(logits: Tensor, valid: Tensor) -> Tensor:
-    """Softmax over the ``valid [heads, n]`` boxes, mean over siblings and heads; -inf where not valid."""
-    shares = logits.masked_fill(~valid[:, None], -torch.inf).softmax(-1).mean(1)
-    return shares.masked_fill(~valid, -torch.inf)
+    bounds = box_bound(group.pooled(), lower, upper) * scale
+    bounds = bounds.masked_fill((homes < 0)[:, None], -torch.inf)
+    return bounds.softmax(-1).mean(1).masked_fill(homes < 0, -torch.inf)
 
 
 def _candidates(group: QueryGroup, pages: Tensor, config: SelectionConfig, scale: float) -> Tensor:
     """The best ``num_candidates`` of ``pages [heads, n]`` that are not forced anyway, -1 padded."""
     forced = (pages[..., None] == forced_blocks(group, config)).any(-1)
     pages = pages.masked_fill(forced, -1)
-    logits = _box_logits(group, pages, 0, config, scale)
-    top = _shares(logits, pages >= 0).topk(min(config.num_candidates, pages.shape[1]), dim=-1)
+    top = _bound_shares(group, pages, 0, scale).topk(min(config.num_candidates, pages.shape[1]), dim=-1)
     return pages.gather(1, top.indices).masked_fill(top.values == -torch.inf, -1)
 
 
