@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-IMPLS = ["reference"]
+IMPLS = ["reference", "cpu-torch", "cpu-native"]
 
 
 @pytest.fixture(params=IMPLS)

@@ -127,7 +127,7 @@ def test_named_implementation_never_falls_back() -> None:
     with pytest.raises(kk.UnknownName, match="expected 'auto' or one of"):
         kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cuda")
     with pytest.raises(kk.KernelUnavailable, match="no_such_operation"):
-        kk.dispatch.implementation("no_such_operation", "reference", batch.q.device)
+        kk.dispatch.implementation("no_such_operation", "reference", batch.q)
 
 
 def test_eager_oracle_itself_is_causal_softmax() -> None:
