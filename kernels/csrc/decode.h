@@ -54,12 +54,15 @@ class DecodeSplit {
     std::fill(part.sum, part.sum + group_, 0.0f);
   }
 
-  void attend(int64_t block) {
+  // `next` is the block after this one, fetched meanwhile; negative if none.
+  void attend(int64_t block, int64_t next) {
     if (block < 0) return;
     const int n = int(std::min<int64_t>(kBlock, s_.num_tokens - block * kBlock));
     const int64_t page = s_.table[block];
     const T *k = tile_of<T>(kv_.k, kv_.k_stride, page, kv_head_);
     const T *v = tile_of<T>(kv_.v, kv_.v_stride, page, kv_head_);
+    next_k_ = next < 0 ? k : tile_of<T>(kv_.k, kv_.k_stride, s_.table[next], kv_head_);
+    next_v_ = next < 0 ? v : tile_of<T>(kv_.v, kv_.v_stride, s_.table[next], kv_head_);
     int g = 0;
     for (; g + 4 <= group_; g += 4) attend_heads<4>(g, k, v, n);
     for (; g + 2 <= group_; g += 2) attend_heads<2>(g, k, v, n);
@@ -76,10 +79,18 @@ class DecodeSplit {
     accumulate<H>(part_.out + g * d_, v, n);
   }
 
+  // Memory streams at full speed only if asked ahead of the arithmetic, and evenly: while the scores of a
+  // block are computed the next block's keys are fetched, while its values are added up the next values.
+  static void prefetch(const T *from, int64_t elements) {
+    constexpr int line = 64 / int(sizeof(T));
+    for (int64_t c = 0; c < elements; c += line) __builtin_prefetch(from + c, 0, 2);
+  }
+
   template <int H>
   void score(const float *query, const T *k, int n) {
     constexpr int K = 8 / H;
     for (int i = 0; i < n; i += K) {
+      for (int j = 0; j < K; ++j) prefetch(next_k_ + (i + j) * kv_.k_stride[2], d_);
       const T *row[K];
       for (int j = 0; j < K; ++j) row[j] = k + std::min(i + j, n - 1) * kv_.k_stride[2];
       Vec8 acc[8] = {};
@@ -90,17 +101,19 @@ class DecodeSplit {
           for (int j = 0; j < K; ++j) acc[h * K + j] += load8(query + h * d_ + c) * key[j];
       }
       const Vec8 sums = sums_of(acc);
-      for (int h = 0; h < H; ++h)
-        for (int j = 0; j < K; ++j) scores_[h * kRow + i + j] = sums[h * K + j];
+      float line[8];
+      store8(line, sums);
+      for (int h = 0; h < H; ++h) memcpy(scores_ + h * kRow + i, line + h * K, K * sizeof(float));
     }
   }
 
   void softmax(int g, float *scores, int n) {
-    float top = scores[0];
-    for (int i = 1; i < n; ++i) top = std::max(top, scores[i]);
-    const float before = part_.peak[g], now = std::max(before, top * factor_);
     for (int i = n; i < (n + 7) / 8 * 8; ++i) scores[i] = -kInfinity;
-    Vec8 total = {};
+    Vec8 tops = load8(scores), total = {};
+    for (int i = 8; i < n; i += 8) tops = maximum(tops, load8(scores + i));
+    float top = tops[0];
+    for (int i = 1; i < 8; ++i) top = std::max(top, tops[i]);
+    const float before = part_.peak[g], now = std::max(before, top * factor_);
     for (int i = 0; i < n; i += 8) {
       const Vec8 weight = exp2_of(load8(scores + i) * factor_ - now);
       store8(scores + i, weight);
@@ -116,20 +129,22 @@ class DecodeSplit {
   template <int H>
   void accumulate(float *out, const T *v, int n) {
     int c = 0;
-    for (; c + 16 <= d_; c += 16) accumulate_channels<H, 2>(out + c, v + c, n);
-    if (c < d_) accumulate_channels<H, 1>(out + c, v + c, n);
+    for (; c + 16 <= d_; c += 16) accumulate_channels<H, 2>(out + c, v + c, n, next_v_ + c * kBlock);
+    if (c < d_) accumulate_channels<H, 1>(out + c, v + c, n, next_v_ + c * kBlock);
   }
 
   template <int H, int NV>
-  void accumulate_channels(float *out, const T *v, int n) {
+  void accumulate_channels(float *out, const T *v, int n, const T *next) {
     Vec8 acc[H][NV];
     for (int h = 0; h < H; ++h)
       for (int j = 0; j < NV; ++j) acc[h][j] = load8(out + h * d_ + j * 8);
-    for (int i = 0; i < n; ++i)
+    for (int i = 0; i < n; ++i) {
+      __builtin_prefetch(next + i * 8 * NV, 0, 2);
       for (int j = 0; j < NV; ++j) {
         const Vec8 value = load8(v + i * kv_.v_stride[2] + j * 8);
         for (int h = 0; h < H; ++h) acc[h][j] += scores_[h * kRow + i] * value;
       }
+    }
     for (int h = 0; h < H; ++h)
       for (int j = 0; j < NV; ++j) store8(out + h * d_ + j * 8, acc[h][j]);
   }
@@ -140,6 +155,7 @@ class DecodeSplit {
   const float factor_;
   const Part part_;
   float *query_, *scores_;
+  const T *next_k_ = nullptr, *next_v_ = nullptr;
 };
 
 struct DecodeTask {
@@ -191,7 +207,9 @@ void decode(const PagedKV &kv, const Queries &queries, const Lists &lists, const
     DecodeSplit<T> split(kv, queries, task.sequence, task.kv_head, parts[i]);
     const int64_t slot = lists.indices ? lists.cu_q_blocks[task.sequence] : 0;
     const int32_t *list = lists.indices + (slot * kv.num_kv_heads + task.kv_head) * lists.budget;
-    for (int64_t j = task.first; j < task.last; ++j) split.attend(lists.indices ? list[j] : j);
+    const auto entry = [&](int64_t j) { return lists.indices ? int64_t(list[j]) : j; };
+    for (int64_t j = task.first; j < task.last; ++j)
+      split.attend(entry(j), j + 1 < task.last ? entry(j + 1) : -1);
   });
   for (int64_t pair = 0; pair < kv.batch * kv.num_kv_heads; ++pair) {
     const int64_t row = pair * group;  // rows of out are (sequence, head), which pairs enumerate in order
