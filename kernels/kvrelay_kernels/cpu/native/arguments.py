@@ -83,9 +83,9 @@ def lists(selection: BlockSelection | None) -> Argument:
 
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor, Argument]:
-    """``out`` and ``lse`` of rows without keys, and the struct that lets a kernel fill in the others."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full(q.shape[:2], -torch.inf)
+    """Uninitialised ``out`` and ``lse``, of which a kernel writes every row, and their struct."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2])
     return out, lse, Argument(OutputsStruct(out.data_ptr(), lse.data_ptr()), (out, lse))
 
 
