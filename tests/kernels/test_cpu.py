@@ -20,8 +20,8 @@ from kernel_batches import (
     random_selection,
 )
 from kvrelay_kernels.cpu.native import library
-from kvrelay_kernels.reference.query_groups import mean_over_rows, query_groups
 from kvrelay_kernels.reference.query_groups import block_masses as exact_masses
+from kvrelay_kernels.reference.query_groups import mean_over_rows, query_groups
 from kvrelay_kernels.reference.sequences import iterate_chunks
 
 EDGES = [(0, 0), (0, 1), (0, 63), (64, 64), (0, 65), (128, 129), (192, 1), (256, 0)]
@@ -43,7 +43,7 @@ def test_without_the_extension_cpu_is_torch_and_native_refuses(monkeypatch: pyte
     got = kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cpu")
     assert_accurate(got, batch, batch.q, batch.q_lens, None)
     assert kk.cpu_backend() == "torch"
-    with pytest.raises(kk.KernelUnavailable, match="not built.*build_ext"):
+    with pytest.raises(kk.KernelUnavailable, match=r"not built.*build_ext"):
         kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cpu-native")
 
 
@@ -102,9 +102,7 @@ def test_tree_agrees_with_the_reference_but_for_ties(dtype: torch.dtype) -> None
     config = kk.SelectionConfig(budget=6, candidate_factor=2.0)
     stats = kk.kv_block_stats(batch.kv, impl="reference")
     want, got = (
-        kk.select_blocks(
-            batch.q, batch.kv, config, cu_seqlens_q=batch.cu_seqlens_q, stats=stats, impl=impl
-        )
+        kk.select_blocks(batch.q, batch.kv, config, cu_seqlens_q=batch.cu_seqlens_q, stats=stats, impl=impl)
         for impl in ("reference", "cpu-native")
     )
     assert torch.equal(want.counts, got.counts)

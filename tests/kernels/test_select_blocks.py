@@ -28,7 +28,9 @@ def lists(selection: kk.BlockSelection, slot: int, head: int) -> list[int]:
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_forced_blocks_are_in_and_lists_are_full_ascending_and_causal(impl: str, working_dtype: torch.dtype, selector: str) -> None:
+def test_forced_blocks_are_in_and_lists_are_full_ascending_and_causal(
+    impl: str, working_dtype: torch.dtype, selector: str
+) -> None:
     batch = make_batch([(0, 64 * 13 + 5), (0, 0), (64 * 5, 1), (64 * 8, 64)], dtype=working_dtype)
     selection = select(batch, kk.SelectionConfig(budget=5, selector=selector, sink_blocks=1), impl)
     offsets = (batch.kv.seq_lens - batch.cu_seqlens_q.diff()).tolist()
@@ -72,7 +74,9 @@ def test_budget_of_all_equals_dense(impl: str, working_dtype: torch.dtype, selec
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_later_tokens_change_nothing_before_their_group(impl: str, selector: str, working_dtype: torch.dtype) -> None:
+def test_later_tokens_change_nothing_before_their_group(
+    impl: str, selector: str, working_dtype: torch.dtype
+) -> None:
     batch = make_batch([(0, 64 * 12)], dtype=working_dtype)
     config = kk.SelectionConfig(budget=4, selector=selector, candidate_factor=1.0)
     before = select(batch, config, impl)
@@ -85,7 +89,9 @@ def test_later_tokens_change_nothing_before_their_group(impl: str, selector: str
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_chunks_and_batch_composition_do_not_matter(impl: str, selector: str, working_dtype: torch.dtype) -> None:
+def test_chunks_and_batch_composition_do_not_matter(
+    impl: str, selector: str, working_dtype: torch.dtype
+) -> None:
     whole = make_batch([(0, 64 * 22 + 9)], dtype=working_dtype)
     config = kk.SelectionConfig(budget=4, selector=selector, candidate_factor=1.0)
     want = select(whole, config, impl)

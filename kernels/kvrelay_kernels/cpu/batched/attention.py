@@ -52,7 +52,8 @@ def dense_lists(chunk: Chunk) -> ListsOf:
 def _attend_tiles(
     q: Tensor, positions: Tensor, view: SequenceView, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q ``[tiles, rows, num_q_heads, head_dim]`` from ``positions [tiles]`` on, blocks ``[tiles, heads, n]``."""
+    """q ``[tiles, rows, num_q_heads, head_dim]`` from ``positions [tiles]`` on; blocks
+    ``[tiles, heads, n]``."""
     tiles, rows, num_q_heads, head_dim = q.shape
     heads = blocks.shape[1]
     visible = _visible(blocks, positions, rows)  # [tiles, heads, rows, n * 64]

@@ -110,7 +110,9 @@ def raise_for(status: int, kv: PagedKV, q: Tensor | None, cu_seqlens_q: Tensor |
         for chunk in iterate_chunks(kv, cu_seqlens_q, q.shape[0]):
             if cu_seqlens_q is not None:
                 check_aligned(chunk)
-    raise InvalidArgument("selection", needed="blocks of their own sequence, a list per query block", got=status)
+    raise InvalidArgument(
+        "selection", needed="blocks of their own sequence, a list per query block", got=status
+    )
 
 
 def _channels_contiguous(tensor: Tensor) -> Tensor:

@@ -3,12 +3,10 @@
 The selectors it is compared with stay in batched torch here too.
 """
 
-import ctypes
-
 from torch import Tensor
 
 from kvrelay_kernels.cpu.batched.select_blocks import select_blocks as select_blocks_in_torch
-from kvrelay_kernels.cpu.native.arguments import lists, paged, queries, raise_for, statistics
+from kvrelay_kernels.cpu.native.arguments import Argument, lists, paged, queries, raise_for, statistics
 from kvrelay_kernels.cpu.native.library import TreeConfigStruct, library
 from kvrelay_kernels.errors import InvalidArgument
 from kvrelay_kernels.layout import PagedKV
@@ -33,13 +31,15 @@ def select_blocks(
     selection = empty_selection(q, kv, config, cu_seqlens_q)
     cache, rows = paged(kv), queries(q, cu_seqlens_q, scale)
     boxes, chosen, settings = statistics(stats), lists(selection), _settings(config)
-    status = library().kvr_select_tree(cache.pointer, rows.pointer, boxes.pointer, ctypes.byref(settings), chosen.pointer)
+    status = library().kvr_select_tree(
+        cache.pointer, rows.pointer, boxes.pointer, ctypes.byref(settings), chosen.pointer
+    )
     raise_for(status, kv, q, cu_seqlens_q)
     return selection
 
 
-def _settings(config: SelectionConfig) -> TreeConfigStruct:
-    return TreeConfigStruct(
+def _settings(config: SelectionConfig) -> Argument:
+    struct = TreeConfigStruct(
         budget=config.budget,
         sink_blocks=config.sink_blocks,
         local_blocks=config.local_blocks,
@@ -49,3 +49,4 @@ def _settings(config: SelectionConfig) -> TreeConfigStruct:
         sibling_blocks=config.sibling_blocks,
         top_p=2.0 if config.top_p is None else config.top_p,
     )
+    return Argument(struct, ())
