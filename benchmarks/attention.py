@@ -143,13 +143,13 @@ def prefill(case: Case, options: argparse.Namespace, ceiling: dict[str, float]) 
             lambda: kk.select_blocks(case.q, case.kv, case.config, **arguments),
             lambda: kk.kv_block_stats(case.kv, impl=options.impl),
         ],
-        options.repeats,
+        options.repeats if case.n <= 32768 else 1,
     )
     sdpa_heads, run_sdpa = sdpa_prefill(case, options)
     runs = [run_sdpa]
     if case.n <= options.dense_max:
         runs.append(lambda: kk.paged_prefill(case.q, case.kv, bounds, impl=options.impl))
-    sdpa_s, *dense_s = median_s(runs, options.repeats if case.n <= 16384 else 1)
+    sdpa_s, *dense_s = median_s(runs, options.repeats if case.n <= 8192 else 1)
     sdpa_s *= case.q.shape[1] / sdpa_heads
     group = case.q.shape[1] // case.kv.num_kv_heads
     pairs = group * selection.attended_pairs(bounds.diff(), case.kv.seq_lens)
@@ -258,9 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--bf16-max", type=int, default=32768, help="longest prefill measured in bfloat16")
     parser.add_argument("--dense-max", type=int, default=32768, help="longest prefill of our own dense")
-    parser.add_argument(
-        "--sdpa-full-max", type=int, default=32768, help="longest SDPA prefill with all heads"
-    )
+    parser.add_argument("--sdpa-full-max", type=int, default=32768, help="longest SDPA prefill of all heads")
     parser.add_argument("--budget", type=int, default=4096, help="attended keys per query")
     parser.add_argument("--q-heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)

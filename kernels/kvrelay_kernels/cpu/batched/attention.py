@@ -31,7 +31,7 @@ def attend_chunk(
         starts.append((whole, whole + 1))
     for first, last in starts:
         rows = slice(first * BLOCK_SIZE, last * BLOCK_SIZE)
-        tiles = q[rows].unflatten(0, (last - first, -1))
+        tiles = q[rows].reshape(last - first, -1, *q.shape[1:])
         positions = chunk.offset + torch.arange(first, last) * BLOCK_SIZE
         parts = _attend_tiles(tiles, positions, chunk.view, lists_of(first, last), scale)
         out[rows], lse[rows] = (part.flatten(0, 1) for part in parts)
@@ -61,14 +61,16 @@ def _attend_tiles(
     grouped = grouped.permute(0, 2, 3, 1, 4)  # [tiles, heads, group, rows, head_dim]
     keys, values = (_gather(pages, view, blocks) for pages in (view.kv.k_pages, view.kv.v_pages))
     logits = grouped.flatten(2, 3) @ keys.transpose(-1, -2)
-    logits = logits.unflatten(2, (-1, rows)).masked_fill_(~visible[:, :, None], -torch.inf)
+    logits = logits.view(tiles, heads, -1, rows, logits.shape[-1]).masked_fill_(
+        ~visible[:, :, None], -torch.inf
+    )
     top = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:-1], 1)
     top = top.masked_fill_(top == -torch.inf, 0.0)  # a row without keys; a finite top makes its weights 0
     weights = logits.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
     # a slot no row sees may hold NaN, and 0 * NaN is NaN
     values = values.masked_fill_(~visible.any(2)[..., None], 0.0)
-    out = (weights.flatten(2, 3) @ values).unflatten(2, (-1, rows)) / total.clamp(min=1e-30)
+    out = (weights.flatten(2, 3) @ values).view(*weights.shape[:-1], head_dim) / total.clamp(min=1e-30)
     lse = (top + total.log()).squeeze(-1)
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
     return out, lse.permute(0, 3, 1, 2).reshape(tiles, rows, num_q_heads)

@@ -1,5 +1,7 @@
 """Batched torch ``block_sparse_prefill``."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,9 @@ def block_sparse_prefill(
             check_aligned(chunk)
         rows = slice(chunk.first_row, chunk.first_row + chunk.q_len)
         mine = lists[int(selection.cu_q_blocks[chunk.sequence]) :]
-        width = lists.shape[2]
-        out[rows], lse[rows] = attend_chunk(
-            q[rows], chunk, lambda first, last, mine=mine: mine[first:last], width, scale
-        )
+        out[rows], lse[rows] = attend_chunk(q[rows], chunk, partial(_part, mine), lists.shape[2], scale)
     return out, lse
+
+
+def _part(lists: Tensor, first: int, last: int) -> Tensor:
+    return lists[first:last]

@@ -29,11 +29,9 @@ def select_blocks(
     if stats is None:
         raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
     selection = empty_selection(q, kv, config, cu_seqlens_q)
-    cache, rows = paged(kv), queries(q, cu_seqlens_q, scale)
-    boxes, chosen, settings = statistics(stats), lists(selection), _settings(config)
-    status = library().kvr_select_tree(
-        cache.pointer, rows.pointer, boxes.pointer, ctypes.byref(settings), chosen.pointer
-    )
+    rows, settings = queries(q, cu_seqlens_q, scale), _settings(config)
+    parts = (paged(kv), rows, statistics(stats), settings, lists(selection))
+    status = library().kvr_select_tree(*(part.pointer for part in parts))
     raise_for(status, kv, q, cu_seqlens_q)
     return selection
 
