@@ -75,8 +75,9 @@ class DecodeSplit {
   template <int H>
   void attend_heads(int g, const T *k, const T *v, int n) {
     score<H>(query_ + g * d_, k, n);
-    for (int h = 0; h < H; ++h) softmax(g + h, scores_ + h * kRow, n);
-    accumulate<H>(part_.out + g * d_, v, n);
+    float keep[H];
+    for (int h = 0; h < H; ++h) keep[h] = softmax(g + h, scores_ + h * kRow, n);
+    accumulate<H>(part_.out + g * d_, v, n, keep);
   }
 
   // Memory streams at full speed only if asked ahead of the arithmetic, and evenly: while the scores of a
@@ -107,7 +108,8 @@ class DecodeSplit {
     }
   }
 
-  void softmax(int g, float *scores, int n) {
+  // Turns scores into weights; returns what rescales the sums under the old maximum.
+  float softmax(int g, float *scores, int n) {
     for (int i = n; i < (n + 7) / 8 * 8; ++i) scores[i] = -kInfinity;
     Vec8 tops = load8(scores), total = {};
     for (int i = 8; i < n; i += 8) tops = maximum(tops, load8(scores + i));
@@ -122,22 +124,19 @@ class DecodeSplit {
     const float keep = std::exp2(before - now);
     part_.peak[g] = now;
     part_.sum[g] = part_.sum[g] * keep + horizontal_sum(total);
-    if (keep != 1.0f)
-      for (int c = 0; c < d_; ++c) part_.out[g * d_ + c] *= keep;
+    return keep;
   }
 
   template <int H>
-  void accumulate(float *out, const T *v, int n) {
+  void accumulate(float *out, const T *v, int n, const float *keep) {
     int c = 0;
-    for (; c + 16 <= d_; c += 16) accumulate_channels<H, 2>(out + c, v + c, n, next_v_ + c * kBlock);
-    if (c < d_) accumulate_channels<H, 1>(out + c, v + c, n, next_v_ + c * kBlock);
+    for (; c + 16 <= d_; c += 16) accumulate_channels<H, 2>(out + c, v + c, n, keep, next_v_ + c * kBlock);
+    if (c < d_) accumulate_channels<H, 1>(out + c, v + c, n, keep, next_v_ + c * kBlock);
   }
 
   template <int H, int NV>
-  void accumulate_channels(float *out, const T *v, int n, const T *next) {
-    Vec8 acc[H][NV];
-    for (int h = 0; h < H; ++h)
-      for (int j = 0; j < NV; ++j) acc[h][j] = load8(out + h * d_ + j * 8);
+  void accumulate_channels(float *out, const T *v, int n, const float *keep, const T *next) {
+    Vec8 acc[H][NV] = {};
     for (int i = 0; i < n; ++i) {
       __builtin_prefetch(next + i * 8 * NV, 0, 2);
       for (int j = 0; j < NV; ++j) {
@@ -146,7 +145,10 @@ class DecodeSplit {
       }
     }
     for (int h = 0; h < H; ++h)
-      for (int j = 0; j < NV; ++j) store8(out + h * d_ + j * 8, acc[h][j]);
+      for (int j = 0; j < NV; ++j) {
+        float *to = out + h * d_ + j * 8;
+        store8(to, load8(to) * keep[h] + acc[h][j]);
+      }
   }
 
   const PagedKV &kv_;

@@ -86,14 +86,14 @@ inline void score_panel(const Rows &rows, int n, const float *panel, int head_di
   }
 }
 
-// out[c][lane] += sum over i < n of values[i][c] * weights[i][lane], for the panel's lanes.
+// out[c][lane] = keep[lane] * out[c][lane] + sum over i < n of values[i][c] * weights[i][lane]. A block's sum is
+// formed by itself first: errors then grow with the root of 64 plus the blocks, not of all keys.
 template <int NV>
-inline void accumulate_panel(const Rows &values, int n, const float *weights, int head_dim, float *out) {
+inline void accumulate_panel(const Rows &values, int n, const float *weights, int head_dim, const Vec *keep,
+                             float *out) {
   constexpr int R = kTile<NV>, width = NV * kLanes;
   for (int c = 0; c < head_dim; c += R) {
-    Vec acc[R][NV];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < NV; ++v) acc[r][v] = load<Vec>(out + (c + r) * width + v * kLanes);
+    Vec acc[R][NV] = {};
     for (int i = 0; i < n; ++i) {
       const float *value = values.at[i] + c;
       Vec weight[NV];
@@ -102,7 +102,10 @@ inline void accumulate_panel(const Rows &values, int n, const float *weights, in
         for (int v = 0; v < NV; ++v) acc[r][v] += value[r] * weight[v];
     }
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < NV; ++v) store(out + (c + r) * width + v * kLanes, acc[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        float *to = out + (c + r) * width + v * kLanes;
+        store(to, load<Vec>(to) * keep[v] + acc[r][v]);
+      }
   }
 }
 

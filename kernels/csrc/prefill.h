@@ -101,8 +101,9 @@ class PrefillTile {
     float *out = out_ + size_t(first) * d_;
     score_panel<NV, false>(keys, n, query_ + size_t(first) * d_, d_, scores_, width);
     if (position(first) < base + n - 1) mask_panel(first, width, base, n);
-    softmax_panel<NV>(first, n, out);
-    accumulate_panel<NV>(values, n, scores_, d_, out);
+    Vec keep[NV];
+    softmax_panel<NV>(first, n, keep);
+    accumulate_panel<NV>(values, n, scores_, d_, keep, out);
   }
 
   void mask_panel(int first, int width, int64_t base, int n) {
@@ -111,35 +112,26 @@ class PrefillTile {
         scores_[i * width + lane] = -kInfinity;
   }
 
-  // Turns scores into weights and rescales what was accumulated under the old maximum.
+  // Turns scores into weights; `keep` rescales what was accumulated under the old maximum.
   template <int NV>
-  void softmax_panel(int first, int n, float *out) {
+  void softmax_panel(int first, int n, Vec *keep) {
     constexpr int width = NV * kLanes;
     const float factor = queries_.scale * kLog2e;
-    bool raised = false;
-    Vec keep[NV];
     for (int v = 0; v < NV; ++v) {
       float *scores = scores_ + v * kLanes, *peak = peak_ + first + v * kLanes, *sum = sum_ + first + v * kLanes;
       Vec top = load<Vec>(scores);
       for (int i = 1; i < n; ++i) top = maximum(top, load<Vec>(scores + i * width));
       const Vec before = load<Vec>(peak), now = maximum(before, top * factor);
       keep[v] = exp2_of(before - now);
-      Vec total = load<Vec>(sum) * keep[v];
+      Vec total = {};
       for (int i = 0; i < n; ++i) {
         const Vec weight = exp2_of(load<Vec>(scores + i * width) * factor - now);
         store(scores + i * width, weight);
         total += weight;
       }
       store(peak, now);
-      store(sum, total);
-      for (int i = 0; i < kLanes; ++i) raised |= keep[v][i] != 1.0f;
+      store(sum, load<Vec>(sum) * keep[v] + total);
     }
-    if (!raised) return;
-    for (int c = 0; c < d_; ++c)
-      for (int v = 0; v < NV; ++v) {
-        float *to = out + c * width + v * kLanes;
-        store(to, load<Vec>(to) * keep[v]);
-      }
   }
 
   const PagedKV &kv_;
