@@ -1,10 +1,15 @@
-"""The record every benchmark ends with: one JSON document on its last line and in ``benchmarks/results/``."""
+"""Writes the record every benchmark ends with: one JSON document on the last line and in ``results/``.
+
+Knows the host and the commit. Knows nothing of what was measured.
+"""
 
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +17,26 @@ import torch
 
 SCHEMA = "kvrelay.benchmark/1"
 RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "triton", "numpy", "transformers")
 
 
 def write_record(
-    name: str, settings: dict[str, Any], gate: dict[str, Any], results: Any, directory: Path = RESULTS
+    name: str,
+    *,
+    settings: dict[str, Any],
+    gate: dict[str, Any],
+    results: Any,
+    keep: bool = True,
+    directory: Path = RESULTS,
 ) -> dict[str, Any]:
-    """Write ``directory/NAME.json``, print the record on one line and return it."""
+    """Print the record as the last line and, if ``keep``, write ``<directory>/<name>.json``.
+
+    gate: what was checked, with a bool under ``passed``.
+    """
     record = {
         "schema": SCHEMA,
         "name": name,
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "host": host(),
@@ -29,33 +44,48 @@ def write_record(
         "gate": gate,
         "results": results,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record), flush=True)
+    if keep:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
     return record
 
 
 def host() -> dict[str, Any]:
-    """CPU, cores, threads used, GPU and library versions; None where there is none."""
+    """Processor, cores, GPU and library versions; None where there is none."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "driver": None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "gpu": gpu,
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
     }
 
 
-def _cpu_name() -> str:
+def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+    return _run("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

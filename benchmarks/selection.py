@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         "selection": asdict(SelectionConfig(budget=8)) | {"budget": None},
     }
     print_tables(results, gate)
-    write_record("selection", settings, gate, results, options.out)
+    write_record("selection", settings=settings, gate=gate, results=results, directory=options.out)
     return 0 if gate["passed"] else 1
 
 
