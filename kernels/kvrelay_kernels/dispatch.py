@@ -37,6 +37,8 @@ def _why_not(operation: str, name: str, device: torch.device) -> str | None:
         raise UnknownName(f"unknown implementation {name!r}; expected 'auto' or one of {IMPLEMENTATIONS}")
     if name == "triton" and find_spec("triton") is None:
         return "the triton package is not installed"
+    if name == "triton" and device.type != "cuda" and not _interpreted():
+        return f"tensors are on {device}, needed cuda (or TRITON_INTERPRET=1 from the start, to debug)"
     if name == "cpu" and device.type != "cpu":
         return f"tensors are on {device}, needed cpu"
     if find_spec(f"kvrelay_kernels.{name}") is None or not _has_module(name, operation):
@@ -46,3 +48,8 @@ def _why_not(operation: str, name: str, device: torch.device) -> str | None:
 
 def _has_module(name: str, operation: str) -> bool:
     return find_spec(f"kvrelay_kernels.{name}.{operation}") is not None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's own switch makes its kernels run on the CPU; only a debugging aid."""
+    return bool(import_module("triton").knobs.runtime.interpret)
