@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
 from kernel_batches import (
+    DTYPES,
     assert_accurate,
     decode_queries,
     eager,
@@ -17,7 +18,6 @@ from kernel_batches import (
     random_selection,
 )
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EDGES = [(0, 0), (0, 1), (0, 63), (64, 64), (0, 65), (128, 129), (192, 1), (256, 0)]
 SHAPES = [(1, 1, 96), (16, 1, 64), (4, 2, 128), (6, 2, 256), (3, 3, 64)]
 
