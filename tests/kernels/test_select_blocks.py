@@ -1,6 +1,7 @@
 """Every selector: forced blocks, causality, invariances; scores against an independent oracle."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernel_batches import Batch, decode_queries, make_batch
 from kvrelay_kernels.reference.query_groups import query_groups
 from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.reference.sequences import iterate_chunks
+from kvrelay_kernels.selectors import selector_location
 
 SELECTORS = sorted(kk.SELECTORS)
 
@@ -27,6 +29,22 @@ def select(batch: Batch, config: kk.SelectionConfig, impl: str = "reference") ->
 def skip_without_kernel(selector: str, impl: str) -> None:
     if impl == "triton" and selector in ("oracle", "antidiagonal"):
         pytest.skip(f"selector {selector} has no triton kernel")
+
+
+def reference_scores(batch: Batch, config: kk.SelectionConfig) -> list[list[dict[int, float]]]:
+    """Per query block and KV head, the reference's score of every block that it considered."""
+    module, function = selector_location(config.selector)
+    selector = getattr(import_module(f"kvrelay_kernels.reference.{module}"), function)
+    stats = kk.kv_block_stats(batch.kv, impl="reference")
+    scores = []
+    for chunk in iterate_chunks(batch.kv, batch.cu_seqlens_q, batch.q.shape[0], stats):
+        rows = batch.q[chunk.first_row : chunk.first_row + chunk.q_len]
+        for group in query_groups(chunk, rows, config.sibling_blocks):
+            scored = selector(group, config, batch.q.shape[2] ** -0.5)
+            blocks = scored.blocks.tolist()
+            for block in scored.scores.transpose(0, 1).tolist():
+                scores.append([dict(zip(*pair, strict=True)) for pair in zip(blocks, block, strict=True)])
+    return scores
 
 
 def lists(selection: kk.BlockSelection, slot: int, head: int) -> list[int]:
@@ -50,6 +68,20 @@ def test_forced_blocks_are_in_and_lists_are_full_ascending_and_causal(impl: str,
                 assert listed[-1] == own
                 assert (selection.indices[slot, head, len(listed) :] == -1).all()
     assert (selection.counts[int(selection.cu_q_blocks[-1]) :] == 0).all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_lists_agree_with_the_reference_up_to_ties(impl: str, selector: str) -> None:
+    batch = make_batch([(64 * 40, 70), (64 * 5, 64 * 2)], seed=3)
+    config = kk.SelectionConfig(budget=4, selector=selector, candidate_factor=1.5)
+    want, got = (select(batch, config, name) for name in ("reference", impl))
+    for slot, heads in enumerate(reference_scores(batch, config)):
+        for head, score in enumerate(heads):
+            mine, theirs = (set(lists(selection, slot, head)) for selection in (got, want))
+            assert mine <= score.keys()
+            assert sum(score[block] for block in mine) == pytest.approx(
+                sum(score[block] for block in theirs), abs=1e-5
+            ), (mine, theirs)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -157,6 +189,16 @@ def test_top_p_stops_early_and_keeps_forced_blocks(impl: str) -> None:
     assert int(some.counts[19].max()) < 10
     assert {0, 18, 19} <= set(lists(some, 19, 0))
     assert int(every.counts[19].min()) == 10
+
+
+@pytest.mark.parametrize("selector", ["tree", "quest"])
+def test_top_p_of_selectors_without_the_oracle(impl: str, selector: str) -> None:
+    batch = make_batch([(64 * 12, 65)], heads=(2, 1))
+    for top_p in (0.3, 0.8, 1.0):
+        config = kk.SelectionConfig(budget=9, selector=selector, top_p=top_p)
+        want, got = (select(batch, config, name) for name in ("reference", impl))
+        assert torch.equal(got.counts, want.counts)
+        assert torch.equal(got.indices, want.indices)
 
 
 def test_exports_and_pair_count_agree_with_the_lists() -> None:

@@ -17,6 +17,13 @@ NONE = tl.constexpr(-1)
 
 
 @triton.jit
+def count_true(mask):
+    """How many of ``mask`` are true. Summed in float32, exact below 2**24: of a sum of booleans the compiler
+    makes a population count of bits that it gathers through the stack."""
+    return tl.sum(tl.where(mask, 1.0, 0.0), 0).to(tl.int32)
+
+
+@triton.jit
 def kth_largest(bits_ptr, count, k, TILE: tl.constexpr, TILES: tl.constexpr):
     """Largest ``t >= 0`` that at least ``k`` of ``bits[:count]`` reach; 0 if fewer are scores at all."""
     index = tl.arange(0, TILE)
@@ -25,7 +32,7 @@ def kth_largest(bits_ptr, count, k, TILE: tl.constexpr, TILES: tl.constexpr):
         bits = tl.load(bits_ptr + index, mask=index < count, other=-1)
         for step in range(31):
             candidate = found | (1 << (30 - step))
-            reach = tl.sum((bits >= candidate).to(tl.int32), 0)
+            reach = count_true(bits >= candidate)
             found = tl.where(reach >= k, candidate, found)
     else:
         for step in range(31):
@@ -42,7 +49,7 @@ def count_above(bits_ptr, count, threshold, TILE: tl.constexpr):
     for start in range(0, count, TILE):
         index = start + tl.arange(0, TILE)
         bits = tl.load(bits_ptr + index, mask=index < count, other=-1)
-        above += tl.sum((bits > threshold).to(tl.int32), 0)
+        above += count_true(bits > threshold)
     return above
 
 
@@ -76,7 +83,7 @@ def kept_of_tile(bits, threshold, room, ties):
     tie = (bits == threshold).to(tl.int32)
     tie_rank = ties + tl.cumsum(tie, 0) - tie
     keep = (bits > threshold) | ((bits == threshold) & (tie_rank < room))
-    return keep, ties + tl.sum(tie, 0)
+    return keep, ties + count_true(bits == threshold)
 
 
 @triton.jit
@@ -125,10 +132,10 @@ def keep_best(
             earlier = (limit_ties + tl.cumsum(tie, 0) - tie).to(tl.float32)
             before = above_limit + earlier * limit.to(tl.float32, bitcast=True)
             keep = keep & ((bits > limit) | ((bits == limit) & (before < wanted)))
-            limit_ties += tl.sum(tie, 0)
+            limit_ties += count_true(bits == limit)
         chosen = keep.to(tl.int32)
         tl.store(out_ptr + kept + tl.cumsum(chosen, 0) - chosen, block, mask=keep)
-        kept += tl.sum(chosen, 0)
+        kept += count_true(keep)
     entry = tl.arange(0, BUDGET_POW2)
     tl.store(out_ptr + entry, tl.full([BUDGET_POW2], -1, tl.int32), mask=(entry >= kept) & (entry < BUDGET))
     tl.store(kept_ptr, kept)

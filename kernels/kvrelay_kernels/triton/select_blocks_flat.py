@@ -12,7 +12,7 @@ from kvrelay_kernels.triton.ranking import NONE, keep_best
 from kvrelay_kernels.triton.select_groups import locate_group, mean_queries, score_boxes
 from kvrelay_kernels.triton.select_request import SelectRequest
 from kvrelay_kernels.triton.tiles import find_sequence
-from kvrelay_kernels.triton.tuning import next_power_of_2, num_persistent, padded_head_dim
+from kvrelay_kernels.triton.tuning import next_power_of_2, num_persistent, padded_head_dim, scan_launch
 
 NODES = 64
 MAX_TILE = 1024
@@ -95,8 +95,7 @@ def _score_all(request: SelectRequest, names: tuple[str, str], *, boxes: bool) -
         LOCAL=config.local_blocks,
         TOP_P=config.top_p is not None,
         BATCH_POW2=next_power_of_2(kv.batch + 1),
-        num_warps=4,
-        num_stages=1,
+        **scan_launch(q).options(),
     )
 
 

@@ -17,6 +17,7 @@ from kvrelay_kernels.triton.ranking import (
     FORCED,
     NONE,
     count_above,
+    count_true,
     keep_best,
     kept_of_tile,
     kth_largest,
@@ -24,7 +25,14 @@ from kvrelay_kernels.triton.ranking import (
 from kvrelay_kernels.triton.select_groups import locate_group, mean_queries, score_boxes
 from kvrelay_kernels.triton.select_request import SelectRequest
 from kvrelay_kernels.triton.tiles import FLOOR, find_sequence, load_rows
-from kvrelay_kernels.triton.tuning import next_power_of_2, num_persistent, num_splits, padded_head_dim
+from kvrelay_kernels.triton.tuning import (
+    next_power_of_2,
+    num_persistent,
+    num_splits,
+    padded_head_dim,
+    rerank_launch,
+    scan_launch,
+)
 from kvrelay_kernels.triton.update_kv_block_stats import PACKED_HOMES, home_offset
 
 NODES = 64
@@ -102,8 +110,7 @@ def _launch_descend(
         TILE=tile,
         TILES=-(-capacity // tile),
         BATCH_POW2=next_power_of_2(kv.batch + 1),
-        num_warps=4,
-        num_stages=1 if q.element_size() > 2 else 2,
+        **scan_launch(q).options(),
     )
 
 
@@ -132,8 +139,7 @@ def _launch_rerank(request: SelectRequest, bounds: Tensor, candidates: Tensor, c
             **_rerank_constants(request, rows, blocks_per_tile, tiles, capacity),
             SCORE=score,
             CHOOSE=choose,
-            num_warps=4,
-            num_stages=1 if q.element_size() > 2 or q.shape[2] > 128 else 3,
+            **rerank_launch(q).options(),
         )
 
 
@@ -213,8 +219,8 @@ def _expand(
             child = 4 * node + which
             alive = keep & ((child << child_shift) < frontier)
             tl.store(next_ptr + 4 * position + which, child, mask=alive)
-            children += tl.sum(alive.to(tl.int32), 0)
-        kept += tl.sum(chosen, 0)
+            children += count_true(alive)
+        kept += count_true(keep)
     tl.debug_barrier()
     return children
 
@@ -236,7 +242,7 @@ def _write_candidates(
         keep, ties = kept_of_tile(bits, threshold, room, ties)
         chosen = keep.to(tl.int32)
         tl.store(out_ptr + kept + tl.cumsum(chosen, 0) - chosen, node, mask=keep)
-        kept += tl.sum(chosen, 0)
+        kept += count_true(keep)
     tl.store(count_ptr, kept)
     tl.debug_barrier()
 

@@ -17,14 +17,16 @@ INTERPRETED_PROGRAMS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """``num_warps`` and ``num_stages`` of one kernel launch."""
+    """Warps, stages and, if the compiler needs one, the register limit of one kernel launch."""
 
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def next_power_of_2(number: int) -> int:
@@ -58,6 +60,17 @@ def decode_launch(q: Tensor) -> Launch:
     if q.element_size() > 2 or q.shape[2] > 128:
         return Launch(num_warps=4, num_stages=2 if q.element_size() == 2 else 1)
     return Launch(num_warps=4, num_stages=3)
+
+
+def scan_launch(q: Tensor) -> Launch:
+    """Launch of a selector's scan of boxes: with 128 registers two programs of 8 warps share a processor."""
+    return Launch(num_warps=8, num_stages=1 if q.element_size() > 2 else 2, max_registers=128)
+
+
+def rerank_launch(q: Tensor) -> Launch:
+    """Launch of the exact rerank: bound by reading K."""
+    small = q.element_size() == 2 and q.shape[2] <= 128
+    return Launch(num_warps=4, num_stages=3 if small else 1)
 
 
 def num_splits(rows: int, max_blocks: int, q: Tensor) -> int:
