@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvrelay_kernels as kk
 from kernel_batches import (
     DTYPES,
+    EXACT,
     assert_accurate,
     decode_queries,
     eager,
@@ -136,5 +137,5 @@ def test_eager_oracle_itself_is_causal_softmax() -> None:
     want = torch.nn.functional.scaled_dot_product_attention(
         q, batch.keys[0][None], batch.values[0][None], is_causal=True, enable_gqa=True
     )
-    got, _ = eager(batch, batch.q, [5], None, torch.float64)
+    got, _ = eager(batch, batch.q, [5], None, EXACT)
     torch.testing.assert_close(got, want[0].transpose(0, 1))
