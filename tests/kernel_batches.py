@@ -47,13 +47,18 @@ def make_batch(
     totals = [offset + q_len for offset, q_len in lengths]
     pages = [-(-total // BLOCK_SIZE) for total in totals]
     keys, values = (
-        [torch.randn(num_kv_heads, total, head_dim, generator=generator).to(DEVICE, dtype) for total in totals]
+        [
+            torch.randn(num_kv_heads, total, head_dim, generator=generator).to(DEVICE, dtype)
+            for total in totals
+        ]
         for _ in range(2)
     )
     order = torch.randperm(sum(pages) + 2, generator=generator)
     table = torch.full((len(lengths), max(pages, default=0) + 2), ABSURD, dtype=torch.int32, device=DEVICE)
     wide = (sum(pages) + 2, num_kv_heads, BLOCK_SIZE, head_dim + 8)
-    k_pages, v_pages = (torch.full(wide, torch.nan, dtype=dtype, device=DEVICE)[..., :head_dim] for _ in range(2))
+    k_pages, v_pages = (
+        torch.full(wide, torch.nan, dtype=dtype, device=DEVICE)[..., :head_dim] for _ in range(2)
+    )
     used = 0
     for sequence, count in enumerate(pages):
         table[sequence, :count] = order[used : used + count]
@@ -67,7 +72,9 @@ def make_batch(
     cu_seqlens_q = torch.tensor([0, *(q_len for _, q_len in lengths)]).cumsum(0).to(DEVICE, torch.int32)
     seq_lens = torch.tensor(totals, dtype=torch.int32, device=DEVICE)
     kv = PagedKV(k_pages=k_pages, v_pages=v_pages, block_table=table, seq_lens=seq_lens)
-    return Batch(q=q.to(DEVICE, dtype).transpose(1, 2), kv=kv, cu_seqlens_q=cu_seqlens_q, keys=keys, values=values)
+    return Batch(
+        q=q.to(DEVICE, dtype).transpose(1, 2), kv=kv, cu_seqlens_q=cu_seqlens_q, keys=keys, values=values
+    )
 
 
 def decode_queries(batch: Batch, seed: int = 1) -> Tensor:

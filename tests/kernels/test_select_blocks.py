@@ -42,8 +42,10 @@ def reference_scores(batch: Batch, config: kk.SelectionConfig) -> list[list[dict
         for group in query_groups(chunk, rows, config.sibling_blocks):
             scored = selector(group, config, batch.q.shape[2] ** -0.5)
             blocks = scored.blocks.tolist()
-            for block in scored.scores.transpose(0, 1).tolist():
-                scores.append([dict(zip(*pair, strict=True)) for pair in zip(blocks, block, strict=True)])
+            scores += [
+                [dict(zip(*pair, strict=True)) for pair in zip(blocks, block, strict=True)]
+                for block in scored.scores.transpose(0, 1).tolist()
+            ]
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here: registers, stack, shared memory, wgmma."""
+"""Triton kernels compiled ahead of time for absent GPUs: registers, stack, shared memory, wgmma."""
 
 import warnings
 
@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if TRITON:
     pytest.skip("needs a process whose Triton compiles and has no GPU", allow_module_level=True)
 
-from kvrelay_kernels.compile_gate import (  # noqa: E402
+from kvrelay_kernels.compile_gate import (
     ARCHITECTURES,
     HEADER,
     CompiledKernel,
@@ -92,5 +92,5 @@ def test_triton_on_cpu_tensors_and_missing_kernels_say_why() -> None:
     config = kk.SelectionConfig(budget=4, selector="oracle")
     with pytest.raises(kk.KernelUnavailable, match=r"those that have: \['local', 'mean_pool', 'quest', 'two"):
         select_blocks(batch.q, batch.kv, config, batch.cu_seqlens_q, None, 1.0)
-    with pytest.raises(kk.KernelUnavailable, match="got torch.float64"):
+    with pytest.raises(kk.KernelUnavailable, match=r"got torch\.float64"):
         select_blocks(batch.q.double(), batch.kv, config, batch.cu_seqlens_q, None, 1.0)

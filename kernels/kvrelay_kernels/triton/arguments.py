@@ -12,9 +12,13 @@ SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 def check_supported(operation: str, tensor: Tensor) -> None:
     """Raise KernelUnavailable unless the kernels compute in the tensor's dtype and head_dim."""
     if tensor.dtype not in SUPPORTED:
-        raise KernelUnavailable(f"{operation}: the triton kernel needs one of {SUPPORTED}, got {tensor.dtype}")
+        raise KernelUnavailable(
+            f"{operation}: the triton kernel needs one of {SUPPORTED}, got {tensor.dtype}"
+        )
     if tensor.shape[-1] > 256:
-        raise KernelUnavailable(f"{operation}: the triton kernel needs head_dim <= 256, got {tensor.shape[-1]}")
+        raise KernelUnavailable(
+            f"{operation}: the triton kernel needs head_dim <= 256, got {tensor.shape[-1]}"
+        )
 
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

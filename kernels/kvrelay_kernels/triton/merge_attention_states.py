@@ -73,6 +73,8 @@ def _merge(
         total = total * decay + tl.sum(weights, 0)
         peak = new_peak
     merged = acc * tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    merged_lse = tl.where(total > 0, (peak + tl.math.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
+    merged_lse = tl.where(
+        total > 0, (peak + tl.math.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf")
+    )
     tl.store(merged_ptr + program * DIM + dim, merged.to(merged_ptr.dtype.element_ty), mask=dim < DIM)
     tl.store(merged_lse_ptr + program, merged_lse.to(merged_lse_ptr.dtype.element_ty))

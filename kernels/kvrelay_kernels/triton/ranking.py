@@ -3,7 +3,7 @@
 Scores are non-negative, so their bit patterns order like they do: the k-th largest is found by binary search
 over 31 bits, and a running count of the kept entries compacts the list. Equal scores keep the list's order.
 
-Scratch is written by some threads of a program and read by others: whoever calls these puts a barrier between.
+Scratch is written by some threads of a program and read by others: callers put a barrier between.
 """
 
 import triton

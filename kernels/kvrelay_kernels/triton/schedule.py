@@ -14,12 +14,14 @@ def query_tile_bounds(cu_seqlens_q: Tensor, tile: int = BLOCK_SIZE) -> Tensor:
     batch = cu_seqlens_q.shape[0] - 1
     bounds = torch.empty_like(cu_seqlens_q, memory_format=torch.contiguous_format)
     batch_pow2 = next_power_of_2(batch + 1)
-    _tile_bounds[(1,)](cu_seqlens_q, cu_seqlens_q, bounds, batch, TILE=tile, ALIGNED=False, BATCH_POW2=batch_pow2)
+    _tile_bounds[(1,)](
+        cu_seqlens_q, cu_seqlens_q, bounds, batch, TILE=tile, ALIGNED=False, BATCH_POW2=batch_pow2
+    )
     return bounds
 
 
 def sibling_group_bounds(cu_seqlens_q: Tensor, seq_lens: Tensor, siblings: int) -> Tensor:
-    """First sibling group of every sequence, ``[batch + 1]`` int32; groups are aligned to absolute positions."""
+    """First sibling group of every sequence, ``[batch + 1]`` int32; groups lie at absolute positions."""
     batch = cu_seqlens_q.shape[0] - 1
     bounds = torch.empty_like(cu_seqlens_q, memory_format=torch.contiguous_format)
     tile, batch_pow2 = siblings * BLOCK_SIZE, next_power_of_2(batch + 1)

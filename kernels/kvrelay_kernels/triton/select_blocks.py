@@ -1,4 +1,4 @@
-"""Triton implementation of ``select_blocks``: finds the selector's launcher; no value ever reaches the host."""
+"""Triton implementation of ``select_blocks``: finds the selector's launcher; no value reaches the host."""
 
 from collections.abc import Callable
 from importlib import import_module

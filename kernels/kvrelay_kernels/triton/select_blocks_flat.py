@@ -1,4 +1,4 @@
-"""Triton kernels of the selectors ``local``, ``mean_pool`` and ``quest``; see ``reference.select_blocks_flat``.
+"""Triton kernels of selectors ``local``, ``mean_pool`` and ``quest``; see ``reference.select_blocks_flat``.
 
 Baselines: the two that score read every page's statistics once per query block, quadratic in pages.
 """

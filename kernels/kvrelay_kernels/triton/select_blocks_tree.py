@@ -3,7 +3,7 @@
 ``_descend`` takes one sibling group and KV head: mean queries, then level after level bounds of the beam's
 children on tensor cores, softmax, and a selection of the best without sorting. ``_rerank`` scores the list
 of forced and candidate blocks with sampled queries of all siblings, one read of K per block, and writes the
-final lists. Both are persistent programs with scratch of their own, so memory does not grow with n. In decode,
+final lists. Both are persistent programs with scratch of their own, which does not grow with n. In decode,
 where there are few groups, the rerank's list is split over programs and a second launch chooses.
 """
 
@@ -201,7 +201,7 @@ def _expand(
     nodes_ptr, next_ptr, bits_ptr, count, child_shift, frontier,
     BEAM: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the children of the best ``BEAM`` nodes, and of the forced ones, that begin before ``frontier``."""
+    """Write the children, before ``frontier``, of the best ``BEAM`` nodes and of the forced ones."""
     k = BEAM + count_above(bits_ptr, count, FORCED - 1, TILE)
     threshold = kth_largest(bits_ptr, count, k, TILE, TILES)
     room = k - count_above(bits_ptr, count, threshold, TILE)
@@ -277,11 +277,11 @@ def _descend(
         head = kv_head.to(tl.int64)
         seq = find_sequence(bounds_ptr, group, batch, BATCH_POW2)
         if seq < batch:
-            seq_len, frontier, first_position, stop, first_row = locate_group(
+            _, frontier, first_position, stop, first_row = locate_group(
                 group, seq, bounds_ptr, cu_ptr, lens_ptr, SIBLINGS
             )
             table = table_ptr + seq.to(tl.int64) * table_seq
-            sinks, recent, end = forced_range(frontier, first_position, stop, SINKS, LOCAL)
+            sinks, recent, _ = forced_range(frontier, first_position, stop, SINKS, LOCAL)
             num_rows = stop - first_position
             pooled = mean_queries(
                 q_ptr, q_row, q_head, q_dim, first_row, num_rows, kv_head, GROUP, ROWS, DIM, D
@@ -323,7 +323,14 @@ def _descend(
             )  # fmt: skip
             flat = item.to(tl.int64)
             _write_candidates(
-                pages, bits, count, candidates_ptr + flat * CANDIDATES, found_ptr + flat, CANDIDATES, TILE, TILES
+                pages,
+                bits,
+                count,
+                candidates_ptr + flat * CANDIDATES,
+                found_ptr + flat,
+                CANDIDATES,
+                TILE,
+                TILES,
             )
 
 
@@ -355,7 +362,7 @@ def _mean_masses(
     logs_ptr, mass_ptr, count, row_mask, weight,
     ROWS: tl.constexpr, QUERY_BLOCKS: tl.constexpr, CAPACITY: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the list per row, mean over the rows of each query block: ``mass [QUERY_BLOCKS, count]``."""
+    """Softmax over the list per row, mean over each query block's rows: ``mass [QUERY_BLOCKS, count]``."""
     row = tl.arange(0, ROWS)
     peak = tl.full([ROWS], FLOOR, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -375,7 +382,11 @@ def _mean_masses(
         means = tl.sum(tl.reshape(shares, [ENTRIES, QUERY_BLOCKS, ROWS // QUERY_BLOCKS]), 2)
         query_block = tl.arange(0, QUERY_BLOCKS)
         pointers = mass_ptr + query_block[None, :] * CAPACITY + entry[:, None]
-        tl.store(pointers, means.to(tl.int32, bitcast=True), mask=(entry < count)[:, None] & (query_block >= 0)[None, :])
+        tl.store(
+            pointers,
+            means.to(tl.int32, bitcast=True),
+            mask=(entry < count)[:, None] & (query_block >= 0)[None, :],
+        )
     tl.debug_barrier()
 
 
@@ -427,8 +438,8 @@ def _rerank(
                 share = (count + tl.num_programs(1) - 1) // tl.num_programs(1)
                 begin = tl.program_id(1) * share
                 _score_list(
-                    q, first_position + pick, row_mask, k_ptr + kv_head.to(tl.int64) * k_head, k_page, k_token,
-                    k_dim, table_ptr + seq.to(tl.int64) * table_seq, table_block, seq_len,
+                    q, first_position + pick, row_mask, k_ptr + kv_head.to(tl.int64) * k_head, k_page,
+                    k_token, k_dim, table_ptr + seq.to(tl.int64) * table_seq, table_block, seq_len,
                     candidates_ptr + flat * CANDIDATES, sinks, found, recent, begin,
                     tl.minimum(begin + share, count), blocks, logs, scale_log2, ROWS, DIM, D,
                 )  # fmt: skip

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from kvrelay_kernels.triton.ranking import FORCED, NONE
 from kvrelay_kernels.triton.tiles import FLOOR
 
 
@@ -68,7 +67,9 @@ def score_boxes(
         scored = (index < count) & (home < frontier) & (node >= skip_below) & (node < skip_from)
         page = tl.load(table + home * table_block, mask=scored, other=0).to(tl.int64)
         mask = scored[:, None] & (dim < DIM)[None, :]
-        lower = tl.load(lower_ptr + page[:, None] * lower_page + dim[None, :] * lower_dim, mask=mask, other=0.0)
+        lower = tl.load(
+            lower_ptr + page[:, None] * lower_page + dim[None, :] * lower_dim, mask=mask, other=0.0
+        )
         bounds = tl.dot(q_lower, tl.trans(lower), input_precision="ieee")
         if BOXES:
             upper = tl.load(

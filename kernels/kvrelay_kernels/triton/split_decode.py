@@ -1,7 +1,7 @@
 """Split-KV decode, dense and sparse: many programs share one query row, a second kernel merges them.
 
-A program takes all query heads of one KV head (padded to 16 rows) and a share of the row's KV blocks: of the
-whole sequence, or of its list. Flash-decoding's scheme; the number of splits depends on host-known sizes only.
+A program takes all query heads of one KV head (padded to 16 rows) and a share of the row's KV blocks: of
+the whole sequence, or of its list. The number of splits depends on sizes that the host knows.
 """
 
 import torch

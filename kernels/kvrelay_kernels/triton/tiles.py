@@ -85,9 +85,7 @@ def finish(acc, peak, total):
 
 
 @triton.jit
-def store_rows(
-    out_ptr, lse_ptr, out, lse, row, row_mask, D: tl.constexpr, DIM: tl.constexpr
-):
+def store_rows(out_ptr, lse_ptr, out, lse, row, row_mask, D: tl.constexpr, DIM: tl.constexpr):
     """Store ``out [rows, D]`` and ``lse [rows]`` at flat rows ``row`` (int64) of contiguous outputs."""
     dim = tl.arange(0, D)
     pointers = out_ptr + row[:, None] * DIM + dim[None, :]

@@ -51,8 +51,9 @@ def prefill_launch(q: Tensor, rows: int) -> Launch:
         return Launch(num_warps=4, num_stages=1)
     if q.shape[2] > 128:
         return Launch(num_warps=8, num_stages=1 if compute_capability() < 90 else 2)
-    stages = 2 if compute_capability() < 90 else 3
-    return Launch(num_warps=8 if rows > 64 else 4, num_stages=stages)
+    if compute_capability() < 90:
+        return Launch(num_warps=8, num_stages=2)
+    return Launch(num_warps=8 if rows > 64 else 4, num_stages=3)
 
 
 def decode_launch(q: Tensor) -> Launch:
@@ -70,7 +71,7 @@ def scan_launch(q: Tensor) -> Launch:
 def rerank_launch(q: Tensor) -> Launch:
     """Launch of the exact rerank: bound by reading K."""
     small = q.element_size() == 2 and q.shape[2] <= 128
-    return Launch(num_warps=4, num_stages=3 if small else 1)
+    return Launch(num_warps=4, num_stages=2 if small else 1)
 
 
 def num_splits(rows: int, max_blocks: int, q: Tensor) -> int:

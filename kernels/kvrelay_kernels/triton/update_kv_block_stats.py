@@ -27,7 +27,12 @@ def update_kv_block_stats(stats: KVBlockStats, kv: PagedKV, num_new_tokens: Tens
     rows = kv.batch * kv.num_kv_heads
     if not rows * max_blocks:
         return
-    lengths = (kv.block_table, *kv.block_table.stride(), kv.seq_lens.contiguous(), num_new_tokens.contiguous())
+    lengths = (
+        kv.block_table,
+        *kv.block_table.stride(),
+        kv.seq_lens.contiguous(),
+        num_new_tokens.contiguous(),
+    )
     programs = max(1, min(max_blocks, -(-16 * num_processors(kv.k_pages) // rows)))
     _page_statistics[(rows, programs)](
         kv.k_pages,
