@@ -13,6 +13,7 @@ from kvrelay_kernels.api.paged_decode import paged_decode
 from kvrelay_kernels.api.paged_prefill import paged_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
 from kvrelay_kernels.api.update_kv_block_stats import update_kv_block_stats
+from kvrelay_kernels.cpu import cpu_backend
 from kvrelay_kernels.dispatch import chosen_implementation
 from kvrelay_kernels.errors import InvalidArgument, KernelError, KernelUnavailable, UnknownName
 from kvrelay_kernels.layout import BLOCK_SIZE, PagedKV
@@ -40,6 +41,7 @@ __all__ = [
     "block_sparse_decode",
     "block_sparse_prefill",
     "chosen_implementation",
+    "cpu_backend",
     "kv_block_stats",
     "measure_crossover",
     "merge_attention_states",

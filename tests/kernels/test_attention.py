@@ -54,14 +54,14 @@ def test_every_head_dim_and_group(impl: str, num_q_heads: int, num_kv_heads: int
     assert_accurate(got, batch, batch.q, batch.q_lens, selection)
 
 
-def test_paged_prefill_takes_any_chunk_offset(impl: str) -> None:
-    batch = make_batch([(37, 90), (1, 1)])
+def test_paged_prefill_takes_any_chunk_offset(impl: str, working_dtype: torch.dtype) -> None:
+    batch = make_batch([(37, 90), (1, 1)], dtype=working_dtype)
     got = kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl=impl)
     assert_accurate(got, batch, batch.q, batch.q_lens, None)
 
 
-def test_constant_values_come_out_unchanged(impl: str) -> None:
-    batch = make_batch([(64, 130)])
+def test_constant_values_come_out_unchanged(impl: str, working_dtype: torch.dtype) -> None:
+    batch = make_batch([(64, 130)], dtype=working_dtype)
     v_pages = batch.kv.v_pages.clone()
     v_pages[~v_pages.isnan()] = 3.0
     kv = replace(batch.kv, v_pages=v_pages)
@@ -97,8 +97,8 @@ def test_merging_rows_empty_in_every_split_gives_zero(impl: str) -> None:
     assert lse.item() == -torch.inf
 
 
-def test_list_order_does_not_matter(impl: str) -> None:
-    batch = make_batch([(256, 70)])
+def test_list_order_does_not_matter(impl: str, working_dtype: torch.dtype) -> None:
+    batch = make_batch([(256, 70)], dtype=working_dtype)
     shuffled = random_selection(batch, 4)
     key = shuffled.indices.masked_fill(shuffled.indices < 0, 2**30).sort(-1).values
     ascending = replace(shuffled, indices=key.masked_fill(key == 2**30, -1))
@@ -128,7 +128,7 @@ def test_named_implementation_never_falls_back() -> None:
     with pytest.raises(kk.UnknownName, match="expected 'auto' or one of"):
         kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cuda")
     with pytest.raises(kk.KernelUnavailable, match="no_such_operation"):
-        kk.dispatch.implementation("no_such_operation", "reference", batch.q.device)
+        kk.dispatch.implementation("no_such_operation", "reference", batch.q)
 
 
 def test_eager_oracle_itself_is_causal_softmax() -> None:

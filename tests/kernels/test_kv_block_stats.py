@@ -17,8 +17,8 @@ def test_no_two_coarse_nodes_share_a_home() -> None:
         assert node_home(level - 1, 4 * 7 + 3) <= node_home(level, 7)
 
 
-def test_statistics_match_the_keys_of_their_pages_and_nodes(impl: str) -> None:
-    batch = make_batch([(64 * 70 + 5, 0), (64 * 17, 0)])
+def test_statistics_match_the_keys_of_their_pages_and_nodes(impl: str, working_dtype: torch.dtype) -> None:
+    batch = make_batch([(64 * 70 + 5, 0), (64 * 17, 0)], dtype=working_dtype)
     stats = kk.kv_block_stats(batch.kv, impl=impl)
     for sequence, keys in enumerate(batch.keys):
         complete = keys.shape[1] // 64
@@ -39,10 +39,10 @@ def test_statistics_match_the_keys_of_their_pages_and_nodes(impl: str) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 63, 64, 65, 300])
-def test_appending_equals_building_from_scratch(impl: str, step: int) -> None:
+def test_appending_equals_building_from_scratch(impl: str, working_dtype: torch.dtype, step: int) -> None:
     if INTERPRETED and step < 63:
         pytest.skip("a thousand launches take the interpreter minutes")
-    batch = make_batch([(64 * 18 + 3, 0), (200, 0), (0, 0)], heads=(1, 1))
+    batch = make_batch([(64 * 18 + 3, 0), (200, 0), (0, 0)], heads=(1, 1), dtype=working_dtype)
     stats = kk.KVBlockStats.empty(batch.kv.k_pages)
     seq_lens = torch.zeros_like(batch.kv.seq_lens)
     while bool((seq_lens < batch.kv.seq_lens).any()):

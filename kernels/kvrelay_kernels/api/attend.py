@@ -10,7 +10,7 @@ from torch import Tensor
 from kvrelay_kernels.api.block_sparse_prefill import block_sparse_prefill
 from kvrelay_kernels.api.paged_prefill import paged_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
-from kvrelay_kernels.dispatch import chosen_implementation
+from kvrelay_kernels.dispatch import resolve
 from kvrelay_kernels.layout import PagedKV
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
 from kvrelay_kernels.stats import KVBlockStats
@@ -95,4 +95,4 @@ def _synchronize() -> None:
 
 
 def _taken(operation: str, impl: str, q: Tensor) -> str:
-    return chosen_implementation(operation, q.device) if impl == "auto" else impl
+    return resolve(operation, impl, q)

@@ -24,13 +24,13 @@ def block_sparse_decode(
     selection: lists from ``select_blocks`` without ``cu_seqlens_q``, or of your own.
 
     scale: multiplies q.k, default ``head_dim ** -0.5``.
-    impl: "auto", "reference", "cpu" or "triton".
+    impl: "auto", "reference", "cpu", "cpu-native", "cpu-torch" or "triton".
 
     Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
     log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
     InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
     """
     check_sparse(q, kv, None, selection)
-    kernel = implementation("block_sparse_decode", impl, q.device)
+    kernel = implementation("block_sparse_decode", impl, q)
     out, lse = kernel(q, kv, selection, softmax_scale(scale, kv))
     return out, lse

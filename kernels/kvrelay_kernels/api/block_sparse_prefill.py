@@ -27,13 +27,13 @@ def block_sparse_prefill(
     selection: lists from ``select_blocks`` or of your own; order within a list does not matter.
 
     scale: multiplies q.k, default ``head_dim ** -0.5``.
-    impl: "auto", "reference", "cpu" or "triton".
+    impl: "auto", "reference", "cpu", "cpu-native", "cpu-torch" or "triton".
 
     Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
     log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
     InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
     """
     check_sparse(q, kv, cu_seqlens_q, selection)
-    kernel = implementation("block_sparse_prefill", impl, q.device)
+    kernel = implementation("block_sparse_prefill", impl, q)
     out, lse = kernel(q, kv, cu_seqlens_q, selection, softmax_scale(scale, kv))
     return out, lse

@@ -11,5 +11,5 @@ def kv_block_stats(kv: PagedKV, *, impl: str = "auto") -> KVBlockStats:
     Reads ``k_pages [num_blocks, num_kv_heads, 64, head_dim]`` once. Rows of pages that no sequence
     completes are unspecified. Raises InvalidArgument and KernelUnavailable.
     """
-    stats: KVBlockStats = implementation("kv_block_stats", impl, kv.k_pages.device)(kv)
+    stats: KVBlockStats = implementation("kv_block_stats", impl, kv.k_pages)(kv)
     return stats

@@ -19,5 +19,5 @@ def merge_attention_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") ->
     check_floating("outs", outs)
     check_floating("lses", lses)
     check_same("lses", lses, "outs", outs, dtype=False)
-    out, lse = implementation("merge_attention_states", impl, outs.device)(outs, lses)
+    out, lse = implementation("merge_attention_states", impl, outs)(outs, lses)
     return out, lse

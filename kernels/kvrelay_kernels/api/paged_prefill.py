@@ -23,13 +23,13 @@ def paged_prefill(
     cu_seqlens_q: ``[batch + 1]`` int32; empty chunks are allowed.
 
     scale: multiplies q.k, default ``head_dim ** -0.5``.
-    impl: "auto", "reference", "cpu" or "triton".
+    impl: "auto", "reference", "cpu", "cpu-native", "cpu-torch" or "triton".
 
     Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
     log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
     InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
     """
     check_queries(q, kv, cu_seqlens_q)
-    kernel = implementation("paged_prefill", impl, q.device)
+    kernel = implementation("paged_prefill", impl, q)
     out, lse = kernel(q, kv, cu_seqlens_q, softmax_scale(scale, kv))
     return out, lse

@@ -38,6 +38,6 @@ def select_blocks(
     selector_location(config.selector)
     if stats is not None:
         stats.check(kv)
-    kernel = implementation("select_blocks", impl, q.device)
+    kernel = implementation("select_blocks", impl, q)
     selection: BlockSelection = kernel(q, kv, config, cu_seqlens_q, stats, softmax_scale(scale, kv))
     return selection

@@ -22,4 +22,4 @@ def update_kv_block_stats(
     check_shape("num_new_tokens", num_new_tokens, (kv.batch,))
     check_int32("num_new_tokens", num_new_tokens)
     check_same("num_new_tokens", num_new_tokens, "k_pages", kv.k_pages, dtype=False)
-    implementation("update_kv_block_stats", impl, kv.k_pages.device)(stats, kv, num_new_tokens)
+    implementation("update_kv_block_stats", impl, kv.k_pages)(stats, kv, num_new_tokens)

@@ -27,24 +27,34 @@ def select_blocks(
 ) -> BlockSelection:
     """See ``kvrelay_kernels.api.select_blocks``."""
     selector = _load(config.selector)
+    selection = empty_selection(q, kv, config, cu_seqlens_q)
     decode = cu_seqlens_q is None
-    slots = kv.batch if decode else num_query_block_slots(q.shape[0], kv.batch)
-    indices = q.new_full((slots, kv.num_kv_heads, config.budget), -1, dtype=torch.int32)
-    counts = q.new_zeros((slots, kv.num_kv_heads), dtype=torch.int32)
-    blocks_of = q.new_ones(kv.batch, dtype=torch.int32) if decode else _query_blocks(cu_seqlens_q)
-    cu_q_blocks = torch.nn.functional.pad(blocks_of.cumsum(0), (1, 0)).to(torch.int32)
     for chunk in iterate_chunks(kv, cu_seqlens_q, q.shape[0], stats):
         if not decode:
             check_aligned(chunk)
-        slot = int(cu_q_blocks[chunk.sequence])
+        slot = int(selection.cu_q_blocks[chunk.sequence])
         rows = q[chunk.first_row : chunk.first_row + chunk.q_len]
         for group in query_groups(chunk, rows, 1 if decode else config.sibling_blocks):
             own = group.own_blocks
             chosen, count = keep_best(selector(group, config, scale), own, config)
-            indices[slot : slot + len(own)] = chosen
-            counts[slot : slot + len(own)] = count
+            selection.indices[slot : slot + len(own)] = chosen
+            selection.counts[slot : slot + len(own)] = count
             slot += len(own)
-    return BlockSelection(indices=indices, counts=counts, cu_q_blocks=cu_q_blocks)
+    return selection
+
+
+def empty_selection(
+    q: Tensor, kv: PagedKV, config: SelectionConfig, cu_seqlens_q: Tensor | None
+) -> BlockSelection:
+    """Empty lists of the right shape, to be filled; ``cu_q_blocks`` is final."""
+    decode = cu_seqlens_q is None
+    slots = kv.batch if decode else num_query_block_slots(q.shape[0], kv.batch)
+    blocks_of = q.new_ones(kv.batch, dtype=torch.int32) if decode else _query_blocks(cu_seqlens_q)
+    return BlockSelection(
+        indices=q.new_full((slots, kv.num_kv_heads, config.budget), -1, dtype=torch.int32),
+        counts=q.new_zeros((slots, kv.num_kv_heads), dtype=torch.int32),
+        cu_q_blocks=torch.nn.functional.pad(blocks_of.cumsum(0), (1, 0)).to(torch.int32),
+    )
 
 
 def keep_best(scored: ScoredBlocks, own: Tensor, config: SelectionConfig) -> tuple[Tensor, Tensor]:
