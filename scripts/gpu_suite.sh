@@ -32,7 +32,7 @@ else
   # a bare image may lack pytest; the benchmark gates itself, so its absence costs no correctness check
   if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
     step correctness 150 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_attention.py \
-      tests/kernels/test_kv_block_stats.py tests/kernels/test_select_blocks.py -k "triton or not impl"
+      tests/kernels/test_kv_block_stats.py tests/kernels/test_select_blocks.py -k triton
   else
     echo "== correctness: no pytest or hypothesis here; the benchmark's own gates stand alone"
   fi

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
 from kernel_batches import (
+    DEVICE,
     DTYPES,
     EXACT,
     assert_accurate,
@@ -91,9 +92,11 @@ def test_merging_splits_equals_not_splitting(seed: int, tokens: int, splits: int
 
 def test_merging_rows_empty_in_every_split_gives_zero(impl: str) -> None:
     out, lse = kk.merge_attention_states(
-        torch.full((2, 1, 1, 64), torch.nan), torch.full((2, 1, 1), -torch.inf), impl=impl
+        torch.full((2, 1, 1, 64), torch.nan, device=DEVICE),
+        torch.full((2, 1, 1), -torch.inf, device=DEVICE),
+        impl=impl,
     )
-    assert torch.equal(out, torch.zeros(1, 1, 64))
+    assert torch.equal(out.cpu(), torch.zeros(1, 1, 64))
     assert lse.item() == -torch.inf
 
 

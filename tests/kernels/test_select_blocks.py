@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
-from kernel_batches import Batch, decode_queries, make_batch
+from kernel_batches import DEVICE, Batch, decode_queries, make_batch
 from kvrelay_kernels.reference.query_groups import query_groups
 from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.reference.sequences import iterate_chunks
@@ -140,9 +140,11 @@ def test_chunks_and_batch_composition_do_not_matter(
     want = select(whole, config, impl)
     stats = kk.kv_block_stats(whole.kv)
     bounds = [0, 64 * 4, 64 * 16, 64 * 22 + 9]
-    lengths = torch.tensor(bounds[1:], dtype=torch.int32)  # three chunks as three sequences of one batch
+    lengths = torch.tensor(
+        bounds[1:], dtype=torch.int32, device=DEVICE
+    )  # three chunks as three sequences of one batch
     kv = replace(whole.kv, block_table=whole.kv.block_table.expand(3, -1), seq_lens=lengths)
-    cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     got = kk.select_blocks(whole.q, kv, config, cu_seqlens_q=cu_seqlens_q, stats=stats, impl=impl)
     used = int(want.cu_q_blocks[-1])
     assert torch.equal(want.indices[:used], got.indices[:used])
