@@ -113,14 +113,14 @@ def recorded_compilations(architecture: int) -> Iterator[list[Any]]:
         compiled.append(kernel)
         return kernel
 
-    before = driver._active
+    before = dict(driver.__dict__)
     JITFunction.run = compile_only
     driver.set_active(_AbsentGPU(architecture))
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        driver._active = before
+        driver.__dict__.update(before)
 
 
 def operations(shape: GateShape) -> dict[str, Callable[[], object]]:
