@@ -90,6 +90,18 @@ def test_merging_splits_equals_not_splitting(seed: int, tokens: int, splits: int
     torch.testing.assert_close(merged, kk.block_sparse_prefill(batch.q, batch.kv, batch.cu_seqlens_q, whole))
 
 
+def test_merging_many_splits_weighs_each_by_its_sum(impl: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outs, lses = (torch.randn(shape, generator=generator) for shape in ((37, 2, 3, 64), (37, 2, 3)))
+    lses *= 4
+    lses[5], outs[5] = -torch.inf, torch.nan
+    weights = lses.double().softmax(0)[..., None]
+    want = torch.where(weights > 0, outs.double() * weights, 0.0).sum(0)
+    out, lse = kk.merge_attention_states(outs.to(DEVICE), lses.to(DEVICE), impl=impl)
+    torch.testing.assert_close(out.cpu(), want.float())
+    torch.testing.assert_close(lse.cpu(), lses.logsumexp(0))
+
+
 def test_merging_rows_empty_in_every_split_gives_zero(impl: str) -> None:
     out, lse = kk.merge_attention_states(
         torch.full((2, 1, 1, 64), torch.nan, device=DEVICE),

@@ -15,12 +15,13 @@ SHARED = ["test_attention.py", "test_kv_block_stats.py", "test_select_blocks.py"
 SAMPLE = " or ".join(
     [
         "float32",  # the four attention operations at length edges, poison everywhere unread
-        "(every_head_dim and (96 or 16))",
+        "(every_head_dim and 96)",
         "any_chunk_offset",
         "empty_in_every_split",
+        "many_splits",
         "match_the_keys",
         "scratch and 300",
-        "(up_to_ties and (tree or quest or local))",
+        "(up_to_ties and (tree or quest))",
     ]
 )
 
