@@ -22,6 +22,7 @@ SAMPLE = " or ".join(
         "match_the_keys",
         "scratch and 300",
         "(up_to_ties and (tree or quest))",
+        "(without_the_oracle and tree)",
     ]
 )
 
