@@ -1,5 +1,6 @@
 """Random paged batches, poison where no kernel may look, and an eager attention of their own."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,13 @@ from torch import Tensor
 from kvrelay_kernels import BLOCK_SIZE, BlockSelection, PagedKV
 
 ABSURD = 2**31 - 7
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+TRITON = INTERPRETED or DEVICE.type == "cuda"
+EXACT = torch.float32 if TRITON else torch.float64
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+if TRITON:  # no float64 kernels; the interpreter is silently wrong for bf16
+    DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +38,7 @@ def make_batch(
     *,
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = EXACT,
     seed: int = 0,
 ) -> Batch:
     """Sequences of ``(offset, q_len)``: pages shuffled, NaN past ends, absurd table entries, odd strides."""
@@ -39,13 +47,18 @@ def make_batch(
     totals = [offset + q_len for offset, q_len in lengths]
     pages = [-(-total // BLOCK_SIZE) for total in totals]
     keys, values = (
-        [torch.randn(num_kv_heads, total, head_dim, generator=generator).to(dtype) for total in totals]
+        [
+            torch.randn(num_kv_heads, total, head_dim, generator=generator).to(DEVICE, dtype)
+            for total in totals
+        ]
         for _ in range(2)
     )
     order = torch.randperm(sum(pages) + 2, generator=generator)
-    table = torch.full((len(lengths), max(pages, default=0) + 2), ABSURD, dtype=torch.int32)
+    table = torch.full((len(lengths), max(pages, default=0) + 2), ABSURD, dtype=torch.int32, device=DEVICE)
     wide = (sum(pages) + 2, num_kv_heads, BLOCK_SIZE, head_dim + 8)
-    k_pages, v_pages = (torch.full(wide, torch.nan, dtype=dtype)[..., :head_dim] for _ in range(2))
+    k_pages, v_pages = (
+        torch.full(wide, torch.nan, dtype=dtype, device=DEVICE)[..., :head_dim] for _ in range(2)
+    )
     used = 0
     for sequence, count in enumerate(pages):
         table[sequence, :count] = order[used : used + count]
@@ -56,17 +69,19 @@ def make_batch(
             v_pages[order[used + page], :, :filled] = values[sequence][:, rows]
         used += count
     q = torch.randn(sum(q_len for _, q_len in lengths), head_dim, num_q_heads, generator=generator)
-    cu_seqlens_q = torch.tensor([0, *(q_len for _, q_len in lengths)]).cumsum(0).to(torch.int32)
-    seq_lens = torch.tensor(totals, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor([0, *(q_len for _, q_len in lengths)]).cumsum(0).to(DEVICE, torch.int32)
+    seq_lens = torch.tensor(totals, dtype=torch.int32, device=DEVICE)
     kv = PagedKV(k_pages=k_pages, v_pages=v_pages, block_table=table, seq_lens=seq_lens)
-    return Batch(q=q.to(dtype).transpose(1, 2), kv=kv, cu_seqlens_q=cu_seqlens_q, keys=keys, values=values)
+    return Batch(
+        q=q.to(DEVICE, dtype).transpose(1, 2), kv=kv, cu_seqlens_q=cu_seqlens_q, keys=keys, values=values
+    )
 
 
 def decode_queries(batch: Batch, seed: int = 1) -> Tensor:
     """One query per sequence, ``[batch, num_q_heads, head_dim]``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch.kv.batch, *batch.q.shape[1:])
-    return torch.randn(shape, generator=generator).to(batch.q.dtype)
+    return torch.randn(shape, generator=generator).to(batch.q)
 
 
 def random_selection(batch: Batch, budget: int, *, decode: bool = False, seed: int = 2) -> BlockSelection:
@@ -89,13 +104,14 @@ def random_selection(batch: Batch, budget: int, *, decode: bool = False, seed: i
                 counts[slot, head] = len(listed)
             slot += 1
     bounds = torch.tensor([0, *blocks_of]).cumsum(0).to(torch.int32)
+    indices, counts, bounds = (tensor.to(DEVICE) for tensor in (indices, counts, bounds))
     return BlockSelection(indices=indices, counts=counts, cu_q_blocks=bounds)
 
 
 def poison_unselected(batch: Batch, selection: BlockSelection) -> Batch:
     """NaN in every (page, head) that no list of its sequence names."""
     k_pages, v_pages = batch.kv.k_pages.clone(), batch.kv.v_pages.clone()
-    unread = torch.ones(k_pages.shape[:2], dtype=torch.bool)
+    unread = torch.ones(k_pages.shape[:2], dtype=torch.bool, device=DEVICE)
     bounds = selection.cu_q_blocks.tolist()
     for sequence in range(batch.kv.batch):
         for slot in range(bounds[sequence], bounds[sequence + 1]):
@@ -133,8 +149,9 @@ def eager(
 
 
 def _mask(sequence: int, q_len: int, total: int, selection: BlockSelection | None, heads: int) -> Tensor:
-    position = torch.arange(total - q_len, total)
-    mask = (torch.arange(total) <= position[:, None]).expand(heads, -1, -1).clone()
+    position = torch.arange(total - q_len, total, device=DEVICE)
+    key = torch.arange(total, device=DEVICE)
+    mask = (key <= position[:, None]).expand(heads, -1, -1).clone()
     if selection is None:
         return mask
     first = int(selection.cu_q_blocks[sequence])
@@ -143,7 +160,7 @@ def _mask(sequence: int, q_len: int, total: int, selection: BlockSelection | Non
         slot = first + (total - q_len + row) // BLOCK_SIZE - start
         for head in range(heads):
             listed = selection.indices[slot, head, : selection.counts[slot, head]]
-            mask[head, row] &= torch.isin(torch.arange(total) // BLOCK_SIZE, listed)
+            mask[head, row] &= torch.isin(key // BLOCK_SIZE, listed)
     return mask
 
 

@@ -59,6 +59,8 @@ def _why_not(operation: str, name: str, like: Tensor) -> str | None:
         raise UnknownName(f"unknown implementation {name!r}; expected 'auto' or one of {IMPLEMENTATIONS}")
     if name == "triton" and find_spec("triton") is None:
         return "the triton package is not installed"
+    if name == "triton" and not like.is_cuda and not _interpreted():
+        return f"tensors are on {like.device}, needed cuda (or TRITON_INTERPRET=1 from the start, to debug)"
     if name.startswith("cpu") and like.device.type != "cpu":
         return f"tensors are on {like.device}, needed cpu"
     if name == "cpu-native" and (reason := why_not_native(like.dtype, like.shape[-1])):
@@ -71,3 +73,8 @@ def _why_not(operation: str, name: str, like: Tensor) -> str | None:
 
 def _module(name: str, operation: str) -> str:
     return f"kvrelay_kernels.{PACKAGES[name]}.{operation}"
+
+
+def _interpreted() -> bool:
+    """Whether Triton's own switch makes its kernels run on the CPU; only a debugging aid."""
+    return bool(import_module("triton").knobs.runtime.interpret)

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from kernel_batches import DEVICE, INTERPRETED
 from kvrelay_kernels.cpu.native.library import HOW_TO_BUILD, instruction_set
 
 IMPLS = ["reference", "cpu-torch", "cpu-native"]
-NO_FLOAT64 = {"cpu-native"}
+if INTERPRETED:
+    IMPLS = ["triton"]
+elif DEVICE.type == "cuda":
+    IMPLS = ["reference", "triton"]
+NO_FLOAT64 = {"cpu-native", "triton"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +37,15 @@ def impl(request: pytest.FixtureRequest) -> str:
 def working_dtype(impl: str) -> torch.dtype:
     """The most precise dtype of the implementation, for tests of more than precision."""
     return torch.float32 if impl in NO_FLOAT64 else torch.float64
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """``torch.empty`` gives NaN (or huge integers), so that an element no kernel wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(autouse=True)

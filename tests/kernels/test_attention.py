@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
 from kernel_batches import (
+    DEVICE,
+    DTYPES,
+    EXACT,
     assert_accurate,
     decode_queries,
     eager,
@@ -17,7 +20,6 @@ from kernel_batches import (
     random_selection,
 )
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EDGES = [(0, 0), (0, 1), (0, 63), (64, 64), (0, 65), (128, 129), (192, 1), (256, 0)]
 SHAPES = [(1, 1, 96), (16, 1, 64), (4, 2, 128), (6, 2, 256), (3, 3, 64)]
 
@@ -88,11 +90,25 @@ def test_merging_splits_equals_not_splitting(seed: int, tokens: int, splits: int
     torch.testing.assert_close(merged, kk.block_sparse_prefill(batch.q, batch.kv, batch.cu_seqlens_q, whole))
 
 
+def test_merging_many_splits_weighs_each_by_its_sum(impl: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outs, lses = (torch.randn(shape, generator=generator) for shape in ((37, 2, 3, 64), (37, 2, 3)))
+    lses *= 4
+    lses[5], outs[5] = -torch.inf, torch.nan
+    weights = lses.double().softmax(0)[..., None]
+    want = torch.where(weights > 0, outs.double() * weights, 0.0).sum(0)
+    out, lse = kk.merge_attention_states(outs.to(DEVICE), lses.to(DEVICE), impl=impl)
+    torch.testing.assert_close(out.cpu(), want.float())
+    torch.testing.assert_close(lse.cpu(), lses.logsumexp(0))
+
+
 def test_merging_rows_empty_in_every_split_gives_zero(impl: str) -> None:
     out, lse = kk.merge_attention_states(
-        torch.full((2, 1, 1, 64), torch.nan), torch.full((2, 1, 1), -torch.inf), impl=impl
+        torch.full((2, 1, 1, 64), torch.nan, device=DEVICE),
+        torch.full((2, 1, 1), -torch.inf, device=DEVICE),
+        impl=impl,
     )
-    assert torch.equal(out, torch.zeros(1, 1, 64))
+    assert torch.equal(out.cpu(), torch.zeros(1, 1, 64))
     assert lse.item() == -torch.inf
 
 
@@ -136,5 +152,5 @@ def test_eager_oracle_itself_is_causal_softmax() -> None:
     want = torch.nn.functional.scaled_dot_product_attention(
         q, batch.keys[0][None], batch.values[0][None], is_causal=True, enable_gqa=True
     )
-    got, _ = eager(batch, batch.q, [5], None, torch.float64)
+    got, _ = eager(batch, batch.q, [5], None, EXACT)
     torch.testing.assert_close(got, want[0].transpose(0, 1))

@@ -1,6 +1,7 @@
 """Every selector: forced blocks, causality, invariances; scores against an independent oracle."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,19 +9,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrelay_kernels as kk
-from kernel_batches import Batch, decode_queries, make_batch
+from kernel_batches import DEVICE, Batch, decode_queries, make_batch
 from kvrelay_kernels.reference.query_groups import query_groups
 from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.reference.sequences import iterate_chunks
+from kvrelay_kernels.selectors import selector_location
 
 SELECTORS = sorted(kk.SELECTORS)
 
 
 def select(batch: Batch, config: kk.SelectionConfig, impl: str = "reference") -> kk.BlockSelection:
+    skip_without_kernel(config.selector, impl)
     stats = kk.kv_block_stats(batch.kv)
     return kk.select_blocks(
         batch.q, batch.kv, config, cu_seqlens_q=batch.cu_seqlens_q, stats=stats, impl=impl
     )
+
+
+def skip_without_kernel(selector: str, impl: str) -> None:
+    if impl == "triton" and selector in ("oracle", "antidiagonal"):
+        pytest.skip(f"selector {selector} has no triton kernel")
+
+
+def reference_scores(batch: Batch, config: kk.SelectionConfig) -> list[list[dict[int, float]]]:
+    """Per query block and KV head, the reference's score of every block that it considered."""
+    module, function = selector_location(config.selector)
+    selector = getattr(import_module(f"kvrelay_kernels.reference.{module}"), function)
+    stats = kk.kv_block_stats(batch.kv, impl="reference")
+    scores = []
+    for chunk in iterate_chunks(batch.kv, batch.cu_seqlens_q, batch.q.shape[0], stats):
+        rows = batch.q[chunk.first_row : chunk.first_row + chunk.q_len]
+        for group in query_groups(chunk, rows, config.sibling_blocks):
+            scored = selector(group, config, batch.q.shape[2] ** -0.5)
+            blocks = scored.blocks.tolist()
+            scores += [
+                [dict(zip(*pair, strict=True)) for pair in zip(blocks, block, strict=True)]
+                for block in scored.scores.transpose(0, 1).tolist()
+            ]
+    return scores
 
 
 def lists(selection: kk.BlockSelection, slot: int, head: int) -> list[int]:
@@ -49,7 +75,24 @@ def test_forced_blocks_are_in_and_lists_are_full_ascending_and_causal(
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
+def test_lists_agree_with_the_reference_up_to_ties(
+    impl: str, working_dtype: torch.dtype, selector: str
+) -> None:
+    batch = make_batch([(64 * 40, 70), (64 * 7, 64 * 2)], seed=3, dtype=working_dtype)
+    config = kk.SelectionConfig(budget=4, selector=selector, candidate_factor=1.5)
+    want, got = (select(batch, config, name) for name in ("reference", impl))
+    for slot, heads in enumerate(reference_scores(batch, config)):
+        for head, score in enumerate(heads):
+            mine, theirs = (set(lists(selection, slot, head)) for selection in (got, want))
+            assert mine <= score.keys()
+            assert sum(score[block] for block in mine) == pytest.approx(
+                sum(score[block] for block in theirs), abs=1e-5
+            ), (mine, theirs)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_decode_lists_at_every_length_edge(impl: str, working_dtype: torch.dtype, selector: str) -> None:
+    skip_without_kernel(selector, impl)
     lengths = [0, 1, 63, 64, 65, 129, 64 * 30 + 1]
     batch = make_batch([(n, 0) for n in lengths], dtype=working_dtype)
     config = kk.SelectionConfig(budget=4, selector=selector)
@@ -97,9 +140,11 @@ def test_chunks_and_batch_composition_do_not_matter(
     want = select(whole, config, impl)
     stats = kk.kv_block_stats(whole.kv)
     bounds = [0, 64 * 4, 64 * 16, 64 * 22 + 9]
-    lengths = torch.tensor(bounds[1:], dtype=torch.int32)  # three chunks as three sequences of one batch
+    lengths = torch.tensor(
+        bounds[1:], dtype=torch.int32, device=DEVICE
+    )  # three chunks as three sequences of one batch
     kv = replace(whole.kv, block_table=whole.kv.block_table.expand(3, -1), seq_lens=lengths)
-    cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     got = kk.select_blocks(whole.q, kv, config, cu_seqlens_q=cu_seqlens_q, stats=stats, impl=impl)
     used = int(want.cu_q_blocks[-1])
     assert torch.equal(want.indices[:used], got.indices[:used])
@@ -157,6 +202,16 @@ def test_top_p_stops_early_and_keeps_forced_blocks(impl: str, working_dtype: tor
     assert int(some.counts[19].max()) < 10
     assert {0, 18, 19} <= set(lists(some, 19, 0))
     assert int(every.counts[19].min()) == 10
+
+
+@pytest.mark.parametrize("selector", ["tree", "quest"])
+def test_top_p_of_selectors_without_the_oracle(impl: str, working_dtype: torch.dtype, selector: str) -> None:
+    batch = make_batch([(64 * 12, 65)], heads=(2, 1), dtype=working_dtype)
+    for top_p in (0.3, 0.8, 1.0):
+        config = kk.SelectionConfig(budget=9, selector=selector, top_p=top_p)
+        want, got = (select(batch, config, name) for name in ("reference", impl))
+        assert torch.equal(got.counts, want.counts)
+        assert torch.equal(got.indices, want.indices)
 
 
 def test_exports_and_pair_count_agree_with_the_lists() -> None:
