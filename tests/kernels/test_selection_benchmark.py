@@ -40,6 +40,7 @@ def test_quick_run_meets_the_bars(
 @pytest.mark.usefixtures("benchmark_path")
 def test_operations_are_those_of_the_products_that_ran() -> None:
     import torch
+
     from selection_operations import counted
 
     left, right = torch.ones(2, 3, 4), torch.ones(2, 4, 5)
