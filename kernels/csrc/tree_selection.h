@@ -221,11 +221,11 @@ class TreeGroup {
   std::vector<float> rerank(const Blocks &blocks) {
     const int samples = num_rows_ == 1 ? 1 : int(config_.sampled_queries);  // a single row stands for all
     const int per_block = samples * group_, lanes = num_blocks_ * per_block;
-    std::vector<int> picks;
+    std::vector<int> picks;  // of each lane: the heads of a group interleave
     for (int block = 0; block < num_blocks_; ++block)
-      for (int i = 1; i <= samples; ++i)
-        picks.push_back(block * 64 + std::max(i * rows_in(block) / samples - 1, 0));
-    const auto row_of = [&](int lane) { return picks[size_t(lane / group_)]; };
+      for (int i = 0; i < per_block; ++i)
+        picks.push_back(block * 64 + (2 * i + 1) * rows_in(block) / (2 * per_block));
+    const auto row_of = [&](int lane) { return picks[size_t(lane)]; };
     const LaneTile tile(lanes, d_, scratch(kQueries, size_t(padded_lanes(lanes)) * d_), scratch(kState, size_t(d_)),
                         [&](int lane, float *to) {
                           const T *q = query(row_of(lane), lane % group_);

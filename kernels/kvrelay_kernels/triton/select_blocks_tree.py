@@ -428,8 +428,8 @@ def _rerank(
             length = tl.minimum(tl.maximum(stop - first_position - start, 0), 64)
             row_mask = (row % rows_each < SAMPLES * GROUP) & (length > 0)
             if SCORE:
-                sample = row % rows_each // GROUP
-                pick = start + tl.maximum((sample + 1) * length // SAMPLES - 1, 0)
+                sample = row % rows_each  # sample by sample, the heads of the group interleaved
+                pick = start + (2 * sample + 1) * length // (2 * SAMPLES * GROUP)
                 head = kv_head * GROUP + row % rows_each % GROUP
                 q_rows = q_ptr + (first_row + pick).to(tl.int64) * q_row + head.to(tl.int64) * q_head
                 dim = tl.arange(0, D)
