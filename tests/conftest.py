@@ -33,4 +33,4 @@ def no_leftovers() -> Iterator[None]:
 
     before = leftovers()
     yield
-    assert leftovers() == before
+    assert not leftovers() - before

@@ -1,6 +1,7 @@
 """A tiny random model with a tokenizer and a chat template, and what the engine's tests share."""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def prompts(*lengths: int) -> list[list[int]]:
 def greedy(max_tokens: int = 32, **fields: Any) -> SamplingParams:
     """Greedy parameters that run to `max_tokens`."""
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **fields)
+
+
+def assert_all_blocks_home(llm: LLM, timeout_s: float = 10.0) -> None:
+    """Every living worker's pool is whole again, tickets included, soon after the last request."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        workers = [worker for worker in llm.report().workers if worker.is_alive]
+        if all(worker.num_free_blocks == worker.num_blocks for worker in workers):
+            return
+        assert time.monotonic() < deadline_s, [
+            (w.worker_id, w.num_free_blocks, w.num_blocks) for w in workers
+        ]
+        time.sleep(0.05)
 
 
 def leftovers() -> set[str]:

@@ -4,6 +4,7 @@ Knows text, workers and threads. Knows no tensors: this process never imports to
 """
 
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -27,6 +28,7 @@ from kvrelay.transport import parse_transport
 from kvrelay.types import FinishReason, RequestId, SamplingParams
 
 Prompt = str | Sequence[int]
+logger = logging.getLogger("kvrelay")
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -60,7 +62,11 @@ class Engine:
         self._is_closed = False
         self._workers = open_workers(config)
         endpoint = f"ipc://{self._workers.run_directory}/router"
-        self._runtime = Runtime(config, self._workers, endpoint, self._on_update)
+        try:
+            self._runtime = Runtime(config, self._workers, endpoint, self._on_update)
+        except BaseException:
+            self._workers.close(CLOSE_TIMEOUT_S)
+            raise
         try:
             self._workers.start(self._worker_configs(endpoint, directory))
             self._runtime.wait_ready(config.start_timeout_s)
@@ -147,10 +153,19 @@ class Engine:
         stream.on_event(StreamEvent(request_id=stream.request.request_id, error=error))
 
     def _on_update(self, update: Update) -> None:
-        stream = self._streams[update.request_id]
+        stream = self._streams.get(update.request_id)
+        if stream is None:  # its owner raised before
+            return
         if update.error is not None or update.finish_reason is not None:
             del self._streams[update.request_id]
-        if stream.on_update(update):
+        try:
+            is_stopped = stream.on_update(update)
+        except Exception:
+            logger.exception("the owner of %s raised; the request is aborted", update.request_id)
+            self._streams.pop(update.request_id, None)
+            self._runtime.router.finish(update.request_id, "abort", update.at_s)
+            return
+        if is_stopped:
             self._runtime.router.finish(update.request_id, "stop", update.at_s)
 
     def _energy(self, request_id: RequestId) -> RequestEnergy:

@@ -18,7 +18,6 @@ from typing import IO, Protocol
 import msgspec
 
 from kvrelay.config import EngineConfig, WorkerConfig
-from kvrelay.errors import KVRelayError
 from kvrelay.transport import is_in_process
 from kvrelay.types import WorkerId
 
@@ -102,13 +101,15 @@ class ThreadWorkers:
             self._threads[config.worker_id] = thread
 
     def dead(self) -> list[tuple[WorkerId, str]]:
-        ended = [w for w, thread in list(self._threads.items()) if not thread.is_alive()]
+        threads = list(self._threads.items())  # a copy: the starting thread adds to it
+        ended = [w for w, thread in threads if not thread.is_alive() or w in self._reasons]
         for worker_id in ended:
             del self._threads[worker_id]
         return [(worker_id, self._reasons.get(worker_id, "its thread ended")) for worker_id in ended]
 
     def kill(self, worker_id: WorkerId) -> None:
-        """A thread cannot be ended from outside; its requests move on when it ends."""
+        """A thread cannot be ended from outside: it is given up, and reported dead although it may linger."""
+        self._reasons[worker_id] = "it was silent, and its thread cannot be ended from outside"
 
     def close(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -121,7 +122,7 @@ class ThreadWorkers:
 
         try:
             serve(config, self._hub)
-        except KVRelayError as error:
+        except Exception as error:  # noqa: BLE001  whatever ended it is the reason that the router reports
             self._reasons[config.worker_id] = f"{type(error).__name__}: {error}"
 
 
@@ -141,9 +142,9 @@ def make_run_directory() -> str:
 
 def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
     source_root = str(Path(__file__).resolve().parent.parent)
-    paths = [source_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), source_root]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvrelay.worker"],
+        [sys.executable, "-P", "-m", "kvrelay.worker"],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,

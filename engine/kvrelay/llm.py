@@ -3,6 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -147,7 +148,8 @@ class AsyncLLM:
         events: asyncio.Queue[StreamEvent] = asyncio.Queue()
 
         def on_event(event: StreamEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         request_id = self.engine.submit(self.engine.prepare(prompt, params or SamplingParams()), on_event)
         is_over = False

@@ -72,7 +72,8 @@ class OutputStream:
         text = self.detokenizer.push(
             tokens,
             is_last=update.finish_reason is not None,
-            may_stop=len(self.token_ids) > self.request.params.min_tokens,
+            may_stop=len(self.request.token_ids) - self.request.num_prompt_tokens
+            > self.request.params.min_tokens,
         )
         if self.detokenizer.is_stopped and update.finish_reason is None:
             self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens))

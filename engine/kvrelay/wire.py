@@ -30,9 +30,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
     """Base of every control message; the tag on the wire is the class name."""
 
 
-# Descriptors and notifications of the data plane -----------------------------------------------------
-
-
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How peers reach one worker's KV pages: the transport's own address beside the common layout."""
 
@@ -58,9 +55,6 @@ class Filled(Message, frozen=True, kw_only=True):
     num_tokens: int
     num_bytes: int
     digests: tuple[str, ...] = ()
-
-
-# Router to worker --------------------------------------------------------------------------------------
 
 
 class Connect(Message, frozen=True, kw_only=True):
@@ -95,9 +89,6 @@ class Abort(Message, frozen=True, kw_only=True):
 
 class Shutdown(Message, frozen=True, kw_only=True):
     """Finish nothing, free everything, exit."""
-
-
-# Worker to router --------------------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"prefill_chunk_tokens": 100}, InvalidConfig, "a multiple of 64"),
     ({"max_model_len": MAX_POSITIONS + 1}, InvalidConfig, f"the model has {MAX_POSITIONS} positions"),
     ({"lease_s": 0.0}, InvalidConfig, "lease_s"),
+    ({"num_kv_blocks": 10**9}, InvalidConfig, "num_kv_blocks=1000000000 needs"),
     ({"power_model": "idle=5"}, InvalidConfig, "idle"),
     ({"meter": "thermometer"}, UnknownName, "thermometer"),
     ({"meter": "rapl", "power_model": None}, EnergyUnavailable, "rapl"),
@@ -121,3 +122,12 @@ def test_a_start_that_takes_too_long_ends(tiny_directory: Path) -> None:
 def test_sampling_params_are_checked_where_they_are_made() -> None:
     with pytest.raises(InvalidRequest, match="top_p=0"):
         SamplingParams(top_p=0.0)
+
+
+def test_workers_import_nothing_from_the_working_directory(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "psutil.py").write_text("raise ImportError('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    with tiny_llm(tiny_directory, transport="shm") as llm:
+        assert len(llm.generate([[5, 6, 7]], greedy(2))[0].token_ids) == 2

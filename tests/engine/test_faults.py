@@ -1,17 +1,17 @@
 """Contract 4: every request ends exactly once, as what it was, whatever the transport or a worker does."""
 
+import asyncio
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvrelay import LLM, RequestsFailed, StreamEvent
+from kvrelay import LLM, AsyncLLM, RequestsFailed, StreamEvent
 from kvrelay.errors import EngineClosed, TransferFailed, WorkerFailed
-from tiny_engine import greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (2, 64, 65, 130, 200, 300, 90, 10)
 FAULTS = {
@@ -53,7 +53,7 @@ def test_every_request_ends_once_with_the_right_tokens(tiny_directory: Path, fau
     transport = f"faulty:inner=inproc,seed=3,{FAULTS[fault]}"
     with tiny_llm(tiny_directory, transport=transport, lease_s=0.4) as llm:
         events = follow(llm, len(LENGTHS))
-        time.sleep(0.3)  # the last heartbeats
+        assert_all_blocks_home(llm)
         counters = [worker.counters for worker in llm.report().workers]
         leaked = llm.engine.close()
     assert any(key.startswith("fault_") for counter in counters for key in counter), "no fault was injected"
@@ -72,6 +72,7 @@ def test_a_transport_that_never_works_is_an_error_not_a_wrong_answer(
     with tiny_llm(tiny_directory, transport=f"faulty:inner=inproc,{fault}") as llm:
         with pytest.raises(RequestsFailed) as failure:
             llm.generate([*prompts(100, 200), [5]], greedy(4))
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert all(isinstance(error, TransferFailed) for error in failure.value.errors)
     assert failure.value.outputs[:2] == [None, None]
@@ -95,6 +96,7 @@ def test_requests_move_when_a_worker_is_killed(tiny_directory: Path, victim: str
             if event.output is not None:
                 outputs[index] = event.output.token_ids
         report = llm.report()
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     with tiny_llm(tiny_directory, mode="colocated") as llm:
         expected = [output.token_ids for output in llm.generate(prompts(*LENGTHS), greedy(64))]
@@ -139,6 +141,7 @@ def test_aborts_at_any_point_free_everything(tiny_directory: Path) -> None:
                     break
         outputs = llm.generate(prompts(*LENGTHS), greedy(16))
         ended = llm.report().num_requests
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == expected_tokens(tiny_directory)
     assert ended["aborted"] > 0
@@ -157,3 +160,50 @@ def test_closing_ends_what_is_running(tiny_directory: Path) -> None:
     with pytest.raises(EngineClosed):
         llm.generate(prompts(4), greedy(4))
     llm.close()
+
+
+def test_an_owner_whose_callback_raises_harms_nobody_else(tiny_directory: Path) -> None:
+    def broken(event: StreamEvent) -> None:
+        raise RuntimeError("the owner's own bug")
+
+    with tiny_llm(tiny_directory) as llm:
+        llm.engine.submit(llm.engine.prepare(prompts(20)[0], greedy(200)), broken)
+        outputs = llm.generate(prompts(*LENGTHS), greedy(16))
+        assert_all_blocks_home(llm)
+        assert llm.report().num_requests["aborted"] == 1
+    assert [output.token_ids for output in outputs] == expected_tokens(tiny_directory)
+
+
+def test_a_closed_event_loop_harms_nobody_else(tiny_directory: Path) -> None:
+    async def leave_open() -> object:
+        stream = llm.stream(prompts(20)[0], greedy(900))
+        await anext(stream)
+        return stream  # kept, so that nobody closes it before the loop is gone
+
+    llm = AsyncLLM(str(tiny_directory), transport="inproc", dtype="float32", num_kv_blocks=64)
+    loop = asyncio.new_event_loop()
+    kept = loop.run_until_complete(leave_open())
+    loop.close()
+    outputs = asyncio.run(llm.generate(prompts(20)[0], greedy(16)))
+    assert len(outputs.token_ids) == 16
+    asyncio.run(llm.close())
+    del kept
+
+
+def test_a_step_that_cannot_be_computed_fails_its_requests_not_the_worker(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvrelay.runner import Runner
+
+    def out_of_memory(*arguments: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with tiny_llm(tiny_directory) as llm:
+        for method in ("prefill", "decode"):
+            with monkeypatch.context() as patch:
+                patch.setattr(Runner, method, out_of_memory)
+                with pytest.raises(RequestsFailed, match=r"could not compute a step.*allocate memory"):
+                    llm.generate(prompts(100), greedy(4))
+            assert_all_blocks_home(llm)
+        assert all(worker.is_alive for worker in llm.report().workers)
+        assert len(llm.generate(prompts(100), greedy(4))[0].token_ids) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrelay import SamplingParams
-from tiny_engine import greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (1, 2, 64, 65, 66, 129, 300)
 MAX_TOKENS = 140
@@ -56,6 +56,7 @@ def test_greedy_tokens_equal_those_of_transformers(tiny_directory: Path, way: st
     with tiny_llm(tiny_directory, **WAYS[way]) as llm:
         outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
         report = llm.report()
+        assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == _transformers(tiny_directory)
     assert [output.finish_reason for output in outputs] == ["length"] * len(LENGTHS)

@@ -28,17 +28,7 @@ def phase_table(report: Report) -> Table:
 
 def worker_table(report: Report) -> Table:
     """One row per worker process."""
-    headings = (
-        "worker",
-        "pid",
-        "device",
-        "dtype",
-        "prefill s",
-        "transfer s",
-        "decode s",
-        "KV sent",
-        "blocks",
-    )
+    headings = ("worker", "pid", "device", "prefill s", "KV s", "decode s", "KV sent", "blocks")
     table = _table("Workers", *headings)
     for worker in report.workers:
         busy = (_number(worker.busy_s[phase]) for phase in ("prefill", "transfer", "decode"))

@@ -28,6 +28,7 @@ from kvrelay.wire import (
 )
 
 MAX_FAILURES = 8
+MAX_DEATHS = 2  # of workers under one request, before it is taken for the cause
 
 
 class Router:
@@ -115,6 +116,7 @@ class Router:
         for request in list(self.requests.values()):
             needs_prefill = request.prefill == worker_id and not request.is_committed
             if needs_prefill or request.decode == worker_id:
+                request.num_deaths += 1
                 self._retry(request, error, now_s)
 
     def window_s(self, now_s: float) -> float:
@@ -209,7 +211,7 @@ class Router:
     def _retry(self, request: RoutedRequest, error: KVRelayError, now_s: float) -> None:
         self._cancel_attempt(request)
         request.num_failures += 1
-        if request.num_failures > MAX_FAILURES:
+        if request.num_failures > MAX_FAILURES or request.num_deaths > MAX_DEATHS:
             error = type(error)(f"gave up after {request.num_failures} attempts; the last: {error}")
             self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
             return

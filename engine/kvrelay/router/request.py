@@ -47,6 +47,7 @@ class RoutedRequest:
     attempt: int = 0
     attempt_tokens: int = 0
     num_failures: int = 0
+    num_deaths: int = 0
     prefill: WorkerId | None = None
     decode: WorkerId | None = None
     ticket: TransferTicket | None = None

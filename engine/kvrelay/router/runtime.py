@@ -27,6 +27,7 @@ from kvrelay.wire import Connect, Connected, Hello, Message, Shutdown, StartFail
 TICK_S = 0.05
 LAST_WORDS_S = 0.2  # how long a dead worker's last messages may still be on their way
 STOP_TIMEOUT_S = 10.0
+MAX_MESSAGES_PER_STEP = 1000
 
 Result = TypeVar("Result")
 logger = logging.getLogger("kvrelay")
@@ -69,6 +70,8 @@ class Runtime:
         self._heard_s: dict[WorkerId, float] = {}
         self._stopped: dict[WorkerId, int] = {}
         self._closing = False
+        self._failure: KVRelayError | None = None
+        self._lock = threading.Lock()  # between `call` and the last look at what it left
         self._thread = threading.Thread(target=self._run, name="kvrelay-router", daemon=True)
         self._thread.start()
 
@@ -96,17 +99,19 @@ class Runtime:
             except Exception as error:  # noqa: BLE001  it is the caller's, whatever it is
                 future.set_exception(error)
 
-        if not self._thread.is_alive() or self._closing:
-            future.set_exception(EngineClosed("the engine is closed"))
-            return future
-        self._commands.append(command)
+        with self._lock:
+            if self._closing or self._failure is not None:
+                future.set_exception(self._failure or EngineClosed("the engine is closed"))
+                return future
+            self._commands.append(command)
         self._wakeup.set()
         return future
 
     def close(self) -> dict[WorkerId, int]:
         """Fail what is in flight, stop the workers and the thread; leaked blocks by worker that said so."""
-        if not self._closing:
-            self._closing = True
+        with self._lock:
+            was_closing, self._closing = self._closing, True
+        if not was_closing:
             self._wakeup.set()
             self._thread.join()
             self.measurement.close()
@@ -126,7 +131,12 @@ class Runtime:
             self._shut_down()
         except Exception as error:
             logger.exception("the router's thread failed")
-            self._fail_all(KVRelayError(f"the router failed: {type(error).__name__}: {error}"))
+            with self._lock:
+                self._failure = KVRelayError(f"the router failed: {type(error).__name__}: {error}")
+            self._not_ready(self._failure)
+            while self._commands:
+                self._commands.popleft()()
+            self._fail_all(self._failure)
 
     def _step(self) -> None:
         self._wakeup.clear()
@@ -140,7 +150,9 @@ class Runtime:
     def _receive(self, timeout_s: float = 0.0) -> None:
         """Handle what has arrived; with a time-out, also what still arrives until then."""
         deadline_s = time.monotonic() + timeout_s
-        while self._socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+        for _ in range(MAX_MESSAGES_PER_STEP):  # commands and deaths get their turn even under a flood
+            if not self._socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+                return
             identity, data = self._socket.recv_multipart()
             try:
                 message = wire.decode(data, "worker_to_router")

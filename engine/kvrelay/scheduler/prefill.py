@@ -26,6 +26,7 @@ class PrefillJob:
     num_outstanding_writes: int = 0
     num_bytes_written: int = 0
     last_write_s: float = 0.0  # when a write was last posted or completed
+    completed_s: float = 0.0  # when a write last completed
     unreported_s: float = 0.0  # no outstanding write began before this
 
     @property

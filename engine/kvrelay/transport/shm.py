@@ -42,14 +42,18 @@ class ShmTransport:
         self.writer = PageWriter(site.worker_id)
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._endpoint = f"ipc://{site.run_directory}/kv-{site.worker_id}-{site.epoch}"
         self._inbox.bind(self._endpoint)
         self._outboxes: dict[WorkerId, zmq.Socket[bytes]] = {}
 
     def allocate(self, num_bytes: int) -> memoryview:
         self._file = os.memfd_create("kvrelay-pages", os.MFD_CLOEXEC)
-        os.ftruncate(self._file, num_bytes)
-        return memoryview(mmap.mmap(self._file, num_bytes))
+        try:
+            os.ftruncate(self._file, num_bytes)
+            return memoryview(mmap.mmap(self._file, num_bytes))
+        except OSError as error:
+            raise TransportError(f"cannot map {num_bytes} bytes for KV pages: {error}") from error
 
     def register(self, store: KVStore) -> Descriptor:
         self.writer.source = store.pages
@@ -80,6 +84,7 @@ class ShmTransport:
             pin(pages)
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
+        outbox.setsockopt(zmq.SNDHWM, 0)  # a burst of leases must not fail a good transfer
         try:
             outbox.connect(str(peer.address["endpoint"]))
         except zmq.ZMQError as error:
@@ -133,7 +138,10 @@ class ShmTransport:
 
 def _map_peer(peer: Descriptor) -> memoryview:
     """The peer's memory, checked to be the file that the descriptor means and long enough."""
-    path = f"/proc/{peer.address['pid']}/fd/{peer.address['file']}"
+    try:
+        path = f"/proc/{int(peer.address['pid'])}/fd/{int(peer.address['file'])}"
+    except ValueError as error:
+        raise TransportError(f"the descriptor of {peer.worker_id} is malformed: {error}") from error
     num_bytes = peer.num_blocks * peer.layout.block_bytes
     try:
         file = os.open(path, os.O_RDWR)

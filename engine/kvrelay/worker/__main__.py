@@ -21,11 +21,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
     threading.Thread(target=_leave_with_parent, args=(config.run_directory,), daemon=True).start()
-    import torch
-
     from kvrelay.worker.loop import serve
 
-    torch.set_num_threads(config.num_threads)
     try:
         serve(config)
     except KVRelayError as error:

@@ -96,7 +96,13 @@ class DecodeSide:
             if not sequence.started:
                 sequence.started = True
                 self._parts.mark(sequence.request, "decode_started", start_s)
-        results = self._parts.runner.decode(batch)
+        try:
+            results = self._parts.runner.decode(batch)
+        except RuntimeError as error:  # torch's, out of memory included
+            for sequence in batch:
+                self.scheduler.remove(sequence)
+            self._parts.fail_step([sequence.request for sequence in batch], error)
+            return True
         end_s = time.monotonic()
         tokens = []
         for sequence, result in zip(batch, results, strict=True):

@@ -32,10 +32,13 @@ def load_parts(
     config: WorkerConfig, hub: InprocHub | None, send: Callable[[Message], None]
 ) -> tuple[WorkerParts, Descriptor]:
     """Load everything one worker needs. Raises `ModelError`, `InvalidConfig` or `TransportError`."""
+    torch.set_num_threads(config.num_threads)  # of the whole process: workers that are threads share it
     directory = Path(config.model_directory)
     spec = ModelSpec.from_directory(directory)
     device = choose_device(config.engine.device, config.index)
     dtype = choose_dtype(config.engine.dtype, spec.dtype_name, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     decoder = load_model(directory, device, DTYPES[dtype])
     layout = KVLayout(
         model=model_identity(directory),
@@ -94,6 +97,11 @@ def size_pool(
 ) -> int:
     """Blocks of the pool: as asked, else what the memory share holds. Raises `InvalidConfig` for none."""
     if engine.num_kv_blocks is not None:
+        needed, there_is = engine.num_kv_blocks * layout.block_bytes, psutil.virtual_memory().total
+        if needed > there_is:
+            raise InvalidConfig(
+                f"num_kv_blocks={engine.num_kv_blocks} needs {needed} bytes; there are {there_is}"
+            )
         return engine.num_kv_blocks
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers

@@ -52,8 +52,8 @@ class Worker:
         while self._receive(0 if busy else HEARTBEAT_S):
             self._poll_transport()
             now_s = time.monotonic()
-            self.decode.expire(now_s)
             self.prefill.renew(now_s)
+            self.decode.expire(now_s)
             self.prefill.give_up_hung(now_s)
             self.decode.admit()
             decoded = self.decode.step()

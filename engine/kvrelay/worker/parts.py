@@ -1,12 +1,13 @@
 """What the two sides of a worker share."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.store import KVStore
 from kvrelay.config import WorkerConfig
+from kvrelay.errors import WorkerFailed
 from kvrelay.runner import Runner
 from kvrelay.transport.base import Transport
 from kvrelay.types import LifeEvent, RequestSpec
@@ -28,6 +29,13 @@ class WorkerParts:
         """Tell the router that the request reached a point in its life."""
         at_s = time.monotonic() if at_s is None else at_s
         self.send(Mark(request_id=request.request_id, attempt=request.attempt, event=event, at_s=at_s))
+
+    def fail_step(self, requests: Iterable[RequestSpec], error: RuntimeError) -> None:
+        """Tell the router that a step could not be computed (out of memory, say): its attempts are over."""
+        worker_id = self.config.worker_id
+        for request in requests:
+            reason = f"{worker_id} could not compute a step: {type(error).__name__}: {error}"
+            self.fail(request, WorkerFailed(reason), retryable=True)
 
     def fail(self, request: RequestSpec, error: Exception, *, retryable: bool) -> None:
         """Tell the router that the attempt is over, and why."""

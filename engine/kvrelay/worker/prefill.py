@@ -47,7 +47,15 @@ class PrefillSide:
         for chunk in chunks:
             if chunk.start == 0:
                 self._parts.mark(chunk.job.request, "prefill_started", start_s)
-        self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+        try:
+            self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+        except RuntimeError as error:  # torch's, out of memory included
+            for chunk in chunks:
+                self._drop(chunk.job)
+            self._parts.fail_step([chunk.job.request for chunk in chunks], error)
+            for chunk in chunks:
+                self._say_gone(chunk.job.ticket)
+            return True
         end_s = time.monotonic()
         for chunk in chunks:
             chunk.job.num_computed += chunk.length
@@ -69,7 +77,7 @@ class PrefillSide:
             if job is None:
                 continue
             job.num_outstanding_writes -= 1
-            job.last_write_s = job.unreported_s = event.end_s
+            job.completed_s = job.last_write_s = job.unreported_s = event.end_s
             job.num_bytes_written += event.num_bytes
             moved_bytes[job.request.request_id] += event.num_bytes
             if event.write.layer == self._parts.store.layout.num_layers - 1:
@@ -96,17 +104,22 @@ class PrefillSide:
             self._give_up(job, TransferFailed(f"writing KV to {event.write.peer} failed: {event.reason}"))
 
     def renew(self, now_s: float) -> None:
-        """Keep the leases of all tickets held here alive, four times per lease."""
+        """Keep the leases of all tickets held here alive, four times per lease.
+
+        Those of the decode side beside it at every call: it cannot hear of them while this side works.
+        """
+        for job in self._scheduler:
+            if job.is_local:
+                self._decode.on_notice(Filling(ticket_id=job.ticket.ticket_id))
         if now_s < self._next_renewal_s:
             return
         lease_s = self._parts.config.engine.lease_s
         self._next_renewal_s = now_s + lease_s / 4
         for job in self._scheduler:
-            message = Filling(ticket_id=job.ticket.ticket_id)
             if job.is_local:
-                self._decode.on_notice(message)
                 continue
             try:
+                message = Filling(ticket_id=job.ticket.ticket_id)
                 self._parts.transport.notify(job.ticket.decode_worker, message)
             except TransportError:
                 continue  # the lease will tell
@@ -114,8 +127,10 @@ class PrefillSide:
     def give_up_hung(self, now_s: float) -> None:
         """Fail the attempts whose posted writes have not moved for a whole lease."""
         lease_s = self._parts.config.engine.lease_s
+        moved_s = max((job.completed_s for job in self._scheduler), default=0.0)
         for job in list(self._scheduler):
-            if job.num_outstanding_writes and now_s - job.last_write_s > lease_s:
+            waited_s = now_s - max(job.last_write_s, moved_s)  # writes leave in order, whoever's they are
+            if job.num_outstanding_writes and waited_s > lease_s:
                 reason = f"{job.num_outstanding_writes} KV writes did not complete within {lease_s:g} s"
                 self._give_up(job, TransferFailed(f"{job.request.request_id}: {reason}"))
 
@@ -126,8 +141,7 @@ class PrefillSide:
     def close(self) -> None:
         """Drop every job."""
         for job in list(self._scheduler):
-            self._parts.transport.cancel(job.ticket.ticket_id)
-            self._scheduler.remove(job)
+            self._drop(job)
 
     def _relay(self, chunks: Sequence[Chunk], layer: int) -> None:
         self.renew(time.monotonic())  # one step may outlast a lease
@@ -178,9 +192,12 @@ class PrefillSide:
             return False
         return True
 
-    def _give_up(self, job: PrefillJob, error: Exception) -> None:
+    def _drop(self, job: PrefillJob) -> None:
         self._parts.transport.cancel(job.ticket.ticket_id)
         self._scheduler.remove(job)
+
+    def _give_up(self, job: PrefillJob, error: Exception) -> None:
+        self._drop(job)
         self._parts.fail(job.request, error, retryable=True)
         self._say_gone(job.ticket)
 

@@ -1,0 +1,562 @@
+"""Contracts 3 and 4 at a worker's two sides: leases, hung writes, aborts, bad hand-offs, shutdown.
+
+Model, transport and clock are fakes; the pool, the tickets, the schedulers and the pages are real.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.store import KVStore
+from kvrelay.config import EngineConfig, WorkerConfig
+from kvrelay.errors import TransportError
+from kvrelay.scheduler.decode import DecodeSequence
+from kvrelay.scheduler.prefill import Chunk
+from kvrelay.transport.base import Write, WriteDone, WriteFailed
+from kvrelay.types import (
+    KVLayout,
+    RequestId,
+    RequestSpec,
+    SamplingParams,
+    TicketId,
+    TransferTicket,
+    WorkerId,
+    num_blocks,
+)
+from kvrelay.wire import (
+    Abort,
+    AttemptFailed,
+    Filled,
+    Filling,
+    Mark,
+    Message,
+    Prefill,
+    Reserve,
+    Reserved,
+    StepReport,
+    WriterGone,
+)
+from kvrelay.worker.decode import DecodeSide
+from kvrelay.worker.parts import WorkerParts
+from kvrelay.worker.prefill import PrefillSide
+
+LEASE_S = 8.0
+NUM_BLOCKS = 8
+LAYOUT = KVLayout(model="fake", dtype="float32", num_layers=3, num_kv_heads=1, head_dim=2)
+
+
+class FakeClock:
+    """Stands in for the `time` module of both sides."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def process_time(self) -> float:
+        return 0.0
+
+
+class FakeTransport:
+    """Remembers what was asked of it; writes complete when the test says so."""
+
+    def __init__(self) -> None:
+        self.writes: list[Write] = []
+        self.notices: list[tuple[WorkerId, Message]] = []
+        self.cancelled: list[TicketId] = []
+        self.is_broken = False
+
+    def write(self, write: Write) -> None:
+        self.writes.append(write)
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        self.cancelled.append(ticket_id)
+        self.writes = [write for write in self.writes if write.ticket_id != ticket_id]
+
+    def notify(self, peer: WorkerId, message: Message) -> None:
+        if self.is_broken:
+            raise TransportError(f"{peer} does not read its notifications")
+        self.notices.append((peer, message))
+
+    def told(self, kind: type[Message]) -> list[Any]:
+        return [message for _, message in self.notices if isinstance(message, kind)]
+
+
+class FakeRunner:
+    """Every layer takes `layer_s`; every sequence's next token is 7, None if its prompt begins with 13."""
+
+    eos_token_ids = frozenset({1})
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.layer_s = 0.0
+
+    def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> None:
+        assert chunks
+        for layer in range(LAYOUT.num_layers):
+            self._clock.now_s += self.layer_s
+            after_layer(layer)
+
+    def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | None]:
+        return [None if sequence.token_ids[0] == 13 else (7, None) for sequence in batch]
+
+    def copy_fence(self) -> None:
+        return None
+
+
+class Bench:
+    """One worker's two sides and everything they said."""
+
+    def __init__(self, clock: FakeClock, **settings: Any) -> None:
+        engine = EngineConfig(model="fake", lease_s=LEASE_S, **settings)
+        config = WorkerConfig(
+            worker_id=WorkerId("me"),
+            role="colocated",
+            index=0,
+            epoch=1,
+            endpoint="",
+            run_directory="",
+            model_directory="",
+            num_threads=1,
+            num_workers=1,
+            engine=engine,
+        )
+        buffer = memoryview(bytearray(NUM_BLOCKS * LAYOUT.block_bytes))
+        self.clock, self.transport, self.runner = clock, FakeTransport(), FakeRunner(clock)
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.store = KVStore(LAYOUT, NUM_BLOCKS, buffer, torch.device("cpu"))
+        self.sent: list[Message] = []
+        stand_ins: Any = SimpleNamespace(runner=self.runner, transport=self.transport)
+        parts = WorkerParts(
+            config=config,
+            pool=self.pool,
+            store=self.store,
+            runner=stand_ins.runner,
+            transport=stand_ins.transport,
+            send=self.sent.append,
+        )
+        self.decode = DecodeSide(parts)
+        self.prefill = PrefillSide(parts, self.decode)
+
+    def said(self, kind: type[Message]) -> list[Any]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def reserve(self, request: RequestSpec) -> TransferTicket:
+        """A ticket of this worker's own for the request."""
+        self.decode.reserve(Reserve(request=request))
+        ticket: TransferTicket = self.said(Reserved)[-1].ticket
+        assert ticket.request_id == request.request_id
+        return ticket
+
+    def post(self, request: RequestSpec) -> TransferTicket:
+        """A prefill job for another worker's ticket."""
+        ticket = remote_ticket(request)
+        self.prefill.start(Prefill(request=request, ticket=ticket))
+        return ticket
+
+    def compute_all(self) -> None:
+        while self.prefill.step():
+            pass
+
+    def complete(self, count: int | None = None) -> None:
+        """Report the oldest writes as done (all of them unless told how many)."""
+        done, self.transport.writes = self.transport.writes[:count], self.transport.writes[count or 10**6 :]
+        size = 2 * LAYOUT.page_bytes
+        now_s = self.clock.now_s
+        events = [WriteDone(w, len(w.source_blocks) * size, now_s, now_s) for w in done]
+        self.prefill.on_writes_done(events)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
+    for module in ("prefill", "decode"):
+        monkeypatch.setattr(f"kvrelay.worker.{module}.time", fake)
+    return fake
+
+
+@pytest.fixture
+def bench(clock: FakeClock) -> Bench:
+    return Bench(clock, prefill_chunk_tokens=64)
+
+
+def spec(name: str, num_tokens: int, first: int = 5) -> RequestSpec:
+    return RequestSpec(
+        request_id=RequestId(name),
+        attempt=1,
+        arrival=0,
+        token_ids=(first, *range(20, 19 + num_tokens)),
+        num_prompt_tokens=num_tokens,
+        max_total_tokens=num_tokens + 4,
+        params=SamplingParams(max_tokens=4, temperature=0.0),
+        seed=0,
+    )
+
+
+def remote_ticket(request: RequestSpec) -> TransferTicket:
+    return TransferTicket(
+        ticket_id=TicketId(f"peer/1/{request.request_id}"),
+        request_id=request.request_id,
+        attempt=request.attempt,
+        decode_worker=WorkerId("peer"),
+        epoch=1,
+        block_ids=tuple(range(num_blocks(request.num_prefill_tokens))),
+        num_tokens=request.num_prefill_tokens,
+        lease_s=LEASE_S,
+    )
+
+
+def filled(bench: Bench, ticket: TransferTicket, **changes: Any) -> Filled:
+    """What an honest writer of this ticket would say, but for `changes`."""
+    honest: dict[str, Any] = {
+        "ticket_id": ticket.ticket_id,
+        "layout_fingerprint": LAYOUT.fingerprint(),
+        "num_tokens": ticket.num_tokens,
+        "num_bytes": len(ticket.block_ids) * LAYOUT.block_bytes,
+        "digests": bench.store.digests(ticket.block_ids),
+    }
+    return Filled(**{**honest, **changes})
+
+
+def test_leases_of_remote_jobs_are_renewed_four_times_each(bench: Bench) -> None:
+    tickets = [bench.post(spec(name, 130)) for name in "abcdef"]  # more than there are pages for
+    for _ in range(9):
+        bench.prefill.renew(bench.clock.now_s)
+        bench.clock.now_s += LEASE_S / 8
+    renewed = [message.ticket_id for message in bench.transport.told(Filling)]
+    assert renewed == [ticket.ticket_id for ticket in tickets] * 5  # at 0, 2, 4, 6 and 8 s
+    assert {peer for peer, _ in bench.transport.notices} == {"peer"}
+
+
+def test_a_peer_that_does_not_listen_costs_only_its_own_lease(bench: Bench) -> None:
+    bench.post(spec("a", 130))
+    bench.transport.is_broken = True
+    bench.prefill.renew(bench.clock.now_s)
+    assert len(bench.prefill) == 1
+    assert not bench.said(AttemptFailed)
+
+
+def test_leases_of_local_jobs_are_renewed_while_they_wait(bench: Bench) -> None:
+    request = spec("a", 130)
+    ticket = bench.reserve(request)
+    bench.prefill.start(Prefill(request=request, ticket=ticket))
+    for _ in range(40):
+        bench.clock.now_s += LEASE_S / 4
+        bench.prefill.renew(bench.clock.now_s)
+        bench.decode.expire(bench.clock.now_s)
+    assert not bench.said(AttemptFailed)
+    bench.compute_all()
+    assert len(bench.decode.scheduler.running) == 1
+
+
+def test_a_ticket_whose_writer_is_silent_expires_once_and_keeps_its_blocks(bench: Bench) -> None:
+    ticket = bench.reserve(spec("a", 130))
+    bench.decode.expire(bench.clock.now_s + LEASE_S - 0.01)
+    assert not bench.said(AttemptFailed)
+    for _ in range(2):
+        bench.decode.expire(bench.clock.now_s + LEASE_S)
+    (failure,) = bench.said(AttemptFailed)
+    assert failure.retryable
+    assert "silent for 8 s" in failure.message
+    bench.decode.on_notice(filled(bench, ticket))
+    assert not bench.decode.scheduler.running
+    assert bench.pool.num_free == NUM_BLOCKS - 3, "a writer may still be at work in them"
+    bench.decode.writer_gone(WriterGone(ticket_id=ticket.ticket_id, decode_worker=WorkerId("me")))
+    assert bench.pool.num_free == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_leases_are_renewed_during_one_long_step(bench: Bench, is_local: bool) -> None:
+    request, bystander = spec("a", 64), spec("b", 64)
+    bench.runner.layer_s = LEASE_S / 2  # one step takes a lease and a half
+    if is_local:
+        for each in (request, bystander):
+            bench.prefill.start(Prefill(request=each, ticket=bench.reserve(each)))
+        bench.prefill.step()
+        bench.decode.expire(bench.clock.now_s)
+        assert not bench.said(AttemptFailed)
+        return
+    for each in (request, bystander):
+        bench.post(each)
+    bench.prefill.step()
+    renewed = [message.ticket_id for message in bench.transport.told(Filling)]
+    assert renewed == ["peer/1/a", "peer/1/b"] * LAYOUT.num_layers
+
+
+def test_writes_that_do_not_move_for_a_lease_are_given_up(bench: Bench) -> None:
+    ticket = bench.post(spec("a", 65))
+    bench.compute_all()
+    bench.prefill.give_up_hung(bench.clock.now_s + LEASE_S)
+    assert not bench.sent or not bench.said(AttemptFailed)
+    for _ in range(2):
+        bench.prefill.give_up_hung(bench.clock.now_s + LEASE_S + 0.01)
+    (failure,) = bench.said(AttemptFailed)
+    assert (failure.error, failure.retryable) == ("TransferFailed", True)
+    assert "3 KV writes did not complete within 8 s" in failure.message
+    assert [gone.ticket_id for gone in bench.said(WriterGone)] == [ticket.ticket_id]
+    assert bench.transport.cancelled == [ticket.ticket_id]
+    assert bench.pool.num_free == NUM_BLOCKS
+    assert len(bench.prefill) == 0
+
+
+def test_each_write_that_completes_gives_the_others_another_lease(bench: Bench) -> None:
+    bench.post(spec("a", 65))
+    bench.compute_all()
+    for _ in range(LAYOUT.num_layers):
+        bench.clock.now_s += 0.9 * LEASE_S
+        bench.prefill.give_up_hung(bench.clock.now_s)
+        bench.complete(1)
+    assert not bench.said(AttemptFailed)
+    assert len(bench.transport.told(Filled)) == 1
+
+
+def test_a_job_without_outstanding_writes_is_not_hung(bench: Bench) -> None:
+    bench.post(spec("a", 130))
+    bench.prefill.step()
+    bench.complete()
+    bench.prefill.give_up_hung(bench.clock.now_s + 10 * LEASE_S)
+    assert len(bench.prefill) == 1
+
+
+def test_failed_writes_of_one_ticket_end_its_attempt_once(bench: Bench) -> None:
+    ticket, other = bench.post(spec("a", 65)), bench.post(spec("b", 65))
+    bench.compute_all()
+    for write in [write for write in bench.transport.writes if write.ticket_id == ticket.ticket_id]:
+        bench.prefill.on_write_failed(WriteFailed(write, "no such page"))
+    (failure,) = bench.said(AttemptFailed)
+    assert "writing KV to peer failed: no such page" in failure.message
+    assert [gone.ticket_id for gone in bench.said(WriterGone)] == [ticket.ticket_id]
+    bench.complete()
+    assert [message.ticket_id for message in bench.transport.told(Filled)] == [other.ticket_id]
+    assert bench.pool.num_free == NUM_BLOCKS
+
+
+def test_an_end_that_cannot_be_told_fails_the_attempt(bench: Bench) -> None:
+    ticket = bench.post(spec("a", 65))
+    bench.compute_all()
+    bench.transport.is_broken = True
+    bench.complete()
+    (failure,) = bench.said(AttemptFailed)
+    assert (failure.error, failure.retryable) == ("TransportError", True)
+    assert [gone.ticket_id for gone in bench.said(WriterGone)] == [ticket.ticket_id]
+    assert bench.pool.num_free == NUM_BLOCKS
+
+
+def test_a_job_is_handed_over_after_its_last_write_and_not_before(bench: Bench) -> None:
+    ticket = bench.post(spec("a", 130))
+    bench.compute_all()
+    assert [(write.layer, list(write.target_blocks)) for write in bench.transport.writes] == [
+        *((layer, [0]) for layer in range(3)),
+        *((layer, [1]) for layer in range(3)),
+        *((layer, [2]) for layer in range(3)),
+    ]
+    bench.complete(8)
+    assert not bench.transport.told(Filled)
+    assert bench.pool.num_free < NUM_BLOCKS
+    bench.complete(1)
+    assert bench.transport.told(Filled) == [filled(bench, ticket, digests=())]
+    assert not bench.said(WriterGone), "decode knows from Filled that the writer is done"
+    assert bench.pool.num_free == NUM_BLOCKS
+    steps = [step for step in bench.said(StepReport) if step.phase == "transfer"]
+    assert sum(step.moved_bytes["a"] for step in steps) == 3 * LAYOUT.block_bytes
+    assert sum(step.num_tokens.get("a", 0) for step in steps) == 3 * 64
+
+
+@pytest.mark.parametrize("state", ["unknown", "queued", "half computed", "half written", "handed over"])
+def test_an_abort_with_a_ticket_is_answered_once_at_every_state(bench: Bench, state: str) -> None:
+    request = spec("a", 130)
+    ticket = remote_ticket(request) if state == "unknown" else bench.post(request)
+    if state == "half computed":
+        bench.prefill.step()
+    if state in ("half written", "handed over"):
+        bench.compute_all()
+        bench.complete(4 if state == "half written" else None)
+    bench.prefill.abort(Abort(request_id=request.request_id, attempt=1, ticket=ticket))
+    assert [gone.ticket_id for gone in bench.said(WriterGone)] == [ticket.ticket_id]
+    assert bench.said(WriterGone)[0].decode_worker == "peer"
+    assert bench.transport.cancelled == [ticket.ticket_id]
+    assert (len(bench.prefill), bench.pool.num_free) == (0, NUM_BLOCKS)
+    assert not bench.prefill.step()
+    assert len(bench.transport.told(Filled)) == (state == "handed over")
+
+
+def test_a_late_completion_of_an_aborted_ticket_hands_nothing_over(bench: Bench) -> None:
+    ticket = bench.post(spec("a", 65))
+    bench.compute_all()
+    late = [WriteDone(write, 1, 0.0, 0.0) for write in bench.transport.writes]
+    bench.prefill.abort(Abort(request_id=RequestId("a"), attempt=1, ticket=ticket))
+    bench.prefill.on_writes_done(late)
+    assert not bench.transport.told(Filled)
+    assert all(not step.moved_bytes for step in bench.said(StepReport))
+
+
+@pytest.mark.parametrize("state", ["waiting", "reserved", "local, half computed", "running", "over"])
+def test_an_abort_on_the_decode_side_frees_all_but_promised_blocks(bench: Bench, state: str) -> None:
+    request = spec("a", 130)
+    crowd = spec("crowd", 500) if state == "waiting" else None
+    if crowd is not None:
+        bench.reserve(crowd)
+        bench.decode.reserve(Reserve(request=request))
+        taken = NUM_BLOCKS - bench.pool.num_free
+    else:
+        ticket = bench.reserve(request)
+        taken = 0
+    if state == "local, half computed":
+        bench.prefill.start(Prefill(request=request, ticket=ticket))
+        bench.prefill.step()
+    if state in ("running", "over"):
+        bench.decode.on_notice(filled(bench, ticket))
+    while state == "over" and bench.decode.step():
+        pass
+    abort = Abort(request_id=request.request_id, attempt=1)
+    for _ in range(2):
+        bench.decode.abort(abort)
+    is_promised = state in ("reserved", "local, half computed")
+    assert NUM_BLOCKS - bench.pool.num_free == (3 if is_promised else taken)
+    assert not bench.decode.scheduler.running
+    assert request not in bench.decode.scheduler.waiting
+    if is_promised:
+        bench.compute_all()  # a local job that is not told yet ends without effect
+        bench.decode.on_notice(filled(bench, ticket))
+        assert not bench.decode.scheduler.running
+        bench.decode.writer_gone(WriterGone(ticket_id=ticket.ticket_id, decode_worker=WorkerId("me")))
+        assert bench.pool.num_free == NUM_BLOCKS
+    bench.pool.check()
+
+
+def test_an_abort_of_an_earlier_attempt_leaves_the_later_alone(bench: Bench) -> None:
+    bench.reserve(spec("a", 130))
+    bench.decode.abort(Abort(request_id=RequestId("a"), attempt=2))
+    bench.decode.expire(bench.clock.now_s + LEASE_S)
+    assert [failure.attempt for failure in bench.said(AttemptFailed)] == [1], "the ticket was still live"
+
+
+DEFECTS: dict[str, tuple[dict[str, Any], str]] = {
+    "layout": ({"layout_fingerprint": "0" * 16}, "layout 0000000000000000, expected"),
+    "tokens": ({"num_tokens": 128}, "128 tokens in"),
+    "too few bytes": ({"num_bytes": 2 * LAYOUT.block_bytes}, "expected 129 in"),
+    "too many bytes": ({"num_bytes": 4 * LAYOUT.block_bytes}, "expected 129 in"),
+    "no digests": ({"digests": ()}, "digests of blocks"),
+    "a digest short": ({"digests": ("x", "y")}, "digests of blocks"),
+    "a digest too many": ({"digests": ("x", "y", "z", "w")}, "digests of blocks"),
+    "a wrong digest": ({"digests": ("x", "y", "z")}, "digests of blocks [0, 1, 2] of 3 differ"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_kv_that_did_not_arrive_whole_is_refused_and_its_blocks_freed(clock: FakeClock, defect: str) -> None:
+    bench = Bench(clock, verify_kv=True)
+    ticket = bench.reserve(spec("a", 130))
+    changes, reason = DEFECTS[defect]
+    for _ in range(2):
+        bench.decode.on_notice(filled(bench, ticket, **changes))
+    (failure,) = bench.said(AttemptFailed)
+    assert (failure.error, failure.retryable) == ("TransferFailed", True)
+    assert reason in failure.message
+    assert not bench.decode.scheduler.running
+    assert not [mark for mark in bench.said(Mark) if mark.event == "kv_committed"]
+    assert bench.pool.num_free == NUM_BLOCKS
+
+
+def test_one_flipped_bit_is_found_by_the_digests(clock: FakeClock) -> None:
+    bench = Bench(clock, verify_kv=True)
+    ticket = bench.reserve(spec("a", 130))
+    message = filled(bench, ticket)
+    bench.store.pages[2, 1, ticket.block_ids[1], 0, 63, 1] = 1e-30
+    bench.decode.on_notice(message)
+    (failure,) = bench.said(AttemptFailed)
+    assert "blocks [1] of 3" in failure.message
+
+
+def test_duplicates_commit_once(bench: Bench) -> None:
+    ticket = bench.reserve(spec("a", 130))
+    for _ in range(3):
+        bench.decode.on_notice(filled(bench, ticket, digests=()))
+        bench.decode.on_notice(Filling(ticket_id=ticket.ticket_id))
+    assert len(bench.decode.scheduler.running) == 1
+    assert [mark.event for mark in bench.said(Mark)] == ["kv_committed"]
+    while bench.decode.step():
+        pass
+    bench.decode.on_notice(filled(bench, ticket, digests=()))
+    bench.decode.writer_gone(WriterGone(ticket_id=ticket.ticket_id, decode_worker=WorkerId("me")))
+    assert bench.pool.num_free == NUM_BLOCKS
+    bench.pool.check()
+
+
+def test_the_writers_end_overtaking_filled_leaves_nothing_to_commit(bench: Bench) -> None:
+    ticket = bench.reserve(spec("a", 130))
+    bench.decode.writer_gone(WriterGone(ticket_id=ticket.ticket_id, decode_worker=WorkerId("me")))
+    second = bench.reserve(spec("b", 130))
+    assert second.block_ids == ticket.block_ids
+    bench.decode.on_notice(filled(bench, ticket))
+    assert not bench.decode.scheduler.running
+    bench.decode.on_notice(filled(bench, second))
+    assert [sequence.request.request_id for sequence in bench.decode.scheduler.running] == ["b"]
+
+
+def test_a_one_token_prompt_runs_without_a_ticket(bench: Bench) -> None:
+    bench.decode.reserve(Reserve(request=spec("a", 1)))
+    (reserved,) = bench.said(Reserved)
+    assert reserved.ticket is None
+    assert len(bench.decode.scheduler.running) == 1
+
+
+def test_logits_that_are_not_finite_fail_their_own_request_only(bench: Bench) -> None:
+    for name, first in (("sound", 5), ("unsound", 13), ("sound too", 6)):
+        bench.decode.reserve(Reserve(request=spec(name, 1, first)))
+    while bench.decode.step():
+        pass
+    (failure,) = bench.said(AttemptFailed)
+    assert (failure.request_id, failure.error, failure.retryable) == ("unsound", "ModelError", False)
+    tokens = [token for step in bench.said(StepReport) for token in step.tokens]
+    assert [token.request_id for token in tokens] == ["sound", "sound too"] * 4
+    assert [token.finish_reason for token in tokens[-2:]] == ["length", "length"]
+    assert bench.pool.num_free == NUM_BLOCKS
+
+
+def test_nothing_that_began_before_reported_until_goes_unreported(bench: Bench) -> None:
+    """Energy before that time is settled: a write that began earlier and is reported later is lost to it."""
+    began: dict[int, float] = {}
+    bench.runner.layer_s = 1.0
+    bench.post(spec("a", 130))
+    reported_s = 0.0
+    for _ in range(3):
+        bench.prefill.step()
+        for index, _ in enumerate(bench.transport.writes):
+            began.setdefault(index, bench.clock.now_s)
+        reported_s = bench.prefill.reported_until(bench.clock.now_s)
+        assert reported_s <= bench.clock.now_s - 2.0, "the first layer's write was posted two seconds ago"
+        bench.complete(2)
+        still = bench.prefill.reported_until(bench.clock.now_s)
+        assert reported_s <= still <= bench.clock.now_s
+        bench.clock.now_s += 1.0
+        bench.complete()
+        assert bench.prefill.reported_until(bench.clock.now_s) == bench.clock.now_s
+
+
+def test_shutdown_tells_promised_blocks_from_leaked_ones(bench: Bench) -> None:
+    running, promised = bench.reserve(spec("running", 65)), bench.reserve(spec("promised", 130))
+    bench.decode.on_notice(filled(bench, running))
+    bench.post(spec("outgoing", 65))
+    bench.prefill.step()
+    bench.prefill.close()
+    assert bench.decode.close() == 3 == len(promised.block_ids)
+    assert bench.pool.num_free == NUM_BLOCKS - 3
+    assert bench.transport.cancelled == ["peer/1/outgoing"]
+    assert len(bench.prefill) == 0
+    assert not bench.decode.step()
+
+
+def test_shutdown_of_a_colocated_worker_frees_no_block_twice(bench: Bench) -> None:
+    request = spec("a", 130)
+    bench.prefill.start(Prefill(request=request, ticket=bench.reserve(request)))
+    bench.prefill.step()
+    bench.prefill.close()
+    assert bench.decode.close() == 3
+    assert bench.pool.num_free == NUM_BLOCKS - 3
+    bench.pool.check()
