@@ -1,5 +1,6 @@
 """The tables a person reads: every cell under its heading, nothing cut at 80 characters."""
 
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from tiny_engine import greedy, prompts, tiny_llm
 def test_tables_fit_a_terminal_and_their_headings(tiny_directory: Path) -> None:
     with tiny_llm(tiny_directory, power_model="idle_w=5,busy_w=20") as llm:
         outputs = llm.generate(prompts(70, 130), greedy(4))
+        time.sleep(0.3)  # the last heartbeats
         report = llm.report()
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in (latency_table(outputs), phase_table(report), worker_table(report)):

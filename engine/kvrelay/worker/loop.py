@@ -58,8 +58,8 @@ class Worker:
             self.decode.admit()
             decoded = self.decode.step()
             prefilled = self.prefill.step()
-            busy = decoded or prefilled
-            self._beat(time.monotonic())
+            was_busy, busy = busy, decoded or prefilled
+            self._beat(time.monotonic(), is_due=was_busy and not busy)  # a report taken now is up to date
         self._stop()
 
     def _receive(self, timeout_s: float) -> bool:
@@ -107,8 +107,8 @@ class Worker:
                     self.decode.on_notice(event.message)
         self.prefill.on_writes_done(done)
 
-    def _beat(self, now_s: float) -> None:
-        if now_s < self._next_heartbeat_s:
+    def _beat(self, now_s: float, *, is_due: bool) -> None:
+        if now_s < self._next_heartbeat_s and not is_due:
             return
         self._next_heartbeat_s = now_s + HEARTBEAT_S
         pool = self._parts.pool
