@@ -69,7 +69,7 @@ def scan_launch(q: Tensor) -> Launch:
 
 
 def rerank_launch(q: Tensor) -> Launch:
-    """Launch of the exact rerank: bound by reading K. Left to itself, ptxas spills to stay at 168 registers."""
+    """Launch of the exact rerank: bound by reading K. Unless told, ptxas spills to stay at 168 registers."""
     small = q.element_size() == 2 and q.shape[2] <= 128
     return Launch(num_warps=4, num_stages=2 if small else 1, max_registers=255)
 
