@@ -121,6 +121,7 @@ def generate(
         dtype=dtype,
         power_model=power_model,
     )
+    console.print(f"[dim]starting {model} …[/]", highlight=False)
     with LLM(model, **chosen) as llm:
         prompts: Any = (
             llm.render([[{"role": "user", "content": text}] for text in prompt]) if chat else prompt
@@ -180,7 +181,7 @@ def doctor(json_output: Json = False) -> None:
     table = Table("", "what", "", "detail")
     for finding in findings:
         mark = "[green]yes[/]" if finding.available else "[yellow]no[/]"
-        table.add_row(finding.area, finding.name, mark, finding.detail)
+        table.add_row(finding.area, finding.name, mark, escape(finding.detail))
     console.print(table)
     if json_output:
         _print_json({"findings": msgspec.to_builtins(findings)})
@@ -209,7 +210,8 @@ def _settings(pairs: list[str] | None, **named: Any) -> dict[str, Any]:
         if not equals:
             raise InvalidConfig(f"--set {pair!r}: expected NAME=VALUE")
         if name not in EngineConfig.__struct_fields__:
-            raise InvalidConfig(f"--set {name}: there is no such setting")
+            known = ", ".join(EngineConfig.__struct_fields__)
+            raise InvalidConfig(f"--set {name}: there is no such setting; there are {known}")
         try:
             named[name] = json.loads(value)
         except ValueError:
@@ -224,12 +226,16 @@ def _stream(
     texts = [""] * len(prompts)
     outputs: list[RequestOutput | None] = [None] * len(prompts)
     current = printed = 0
+    announced: set[int] = set()
     for index, event in llm.stream_many(prompts, params):
         if event.error is not None:
             raise event.error
         texts[index] += event.text
         outputs[index] = event.output or outputs[index]
         while not quiet and current < len(prompts):
+            if len(prompts) > 1 and current not in announced:
+                announced.add(current)
+                console.print(f"[dim]── {current + 1} of {len(prompts)}[/]", highlight=False)
             print(texts[current][printed:], end="", flush=True)
             printed = len(texts[current])
             if outputs[current] is None:

@@ -91,7 +91,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         except msgspec.ValidationError as error:
             if isinstance(error.__cause__, InvalidConfig):  # our own checks, wrapped on the way out
                 raise error.__cause__ from None
-            raise InvalidConfig(str(error)) from None
+            what, _, path = str(error).partition(" - at `$.")
+            field = path.rstrip("`")
+            raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
 
     def roles(self) -> list[tuple[WorkerId, Role]]:
         """The workers to start, `prefill-0, …, decode-0, …` or `colocated-0, …`."""

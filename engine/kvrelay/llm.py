@@ -189,8 +189,10 @@ def _put(events: "queue.SimpleQueue[tuple[int, StreamEvent]]", index: int, event
     events.put((index, event))
 
 
-def render_chat(engine: Engine, messages: Sequence[Message]) -> list[int]:
-    """A conversation through the model's chat template, as token ids."""
+def render_chat(engine: Engine, messages: Any) -> list[int]:
+    """A conversation through the model's chat template, as token ids. Raises `InvalidRequest` for no list."""
+    if isinstance(messages, str) or not all(isinstance(message, dict) for message in messages):
+        raise InvalidRequest("messages: expected a list of {'role': ..., 'content': ...}")
     text = engine.tokenizer.apply_chat_template(messages)
     return engine.tokenizer.encode(text, add_special_tokens=False)
 
@@ -199,13 +201,23 @@ def _config(model: str, settings: dict[str, Any]) -> EngineConfig:
     return EngineConfig.of(model=model, **settings)
 
 
-def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _batch(prompts: Any) -> list[Prompt]:
+    if not isinstance(prompts, str | list | tuple):
+        raise InvalidRequest(
+            f"prompts: expected text, token ids, or a list of them; got {type(prompts).__name__}"
+        )
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [prompts]
+    return list(prompts)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if isinstance(params, dict) or (
+        params is not None and not isinstance(params, SamplingParams | list | tuple)
+    ):
+        raise InvalidRequest(
+            f"params: expected SamplingParams or a list of them; got {type(params).__name__}"
+        )
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

@@ -22,6 +22,6 @@ def test_tables_fit_a_terminal_and_their_headings(tiny_directory: Path) -> None:
     assert "…" not in text
     workers = {line.split()[0]: line.split() for line in text.splitlines() if "cpu" in line.split()}
     assert workers["prefill-0"][2:4] == ["cpu", "float32"]
-    assert workers["prefill-0"][-1] == "5/64"
+    assert workers["prefill-0"][-1] in ("3/64", "5/64"), "one prompt after the other, or both at once"
     assert float(workers["decode-0"][4]) == 0.0, "decode workers prefill nothing"
     assert float(workers["decode-0"][6]) > 0.0

@@ -32,7 +32,7 @@ def make_record(name: str, settings: dict[str, Any], gate: Gate, results: dict[s
     return {
         "schema": SCHEMA,
         "name": name,
-        "command": " ".join(["python", *_relative(sys.argv)]),
+        "command": _command(sys.argv),
         "commit": commit,
         "dirty": dirty,
         "host": host(),
@@ -96,6 +96,17 @@ def _source_state() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
+
+
+def _command(arguments: list[str]) -> str:
+    is_package = Path(arguments[0]).name == "__main__.py"
+    return " ".join(
+        [
+            "python",
+            *(["-m", "kvrelay"] if is_package else _relative(arguments[:1])),
+            *_relative(arguments[1:]),
+        ]
+    )
 
 
 def _relative(arguments: list[str]) -> list[str]:
