@@ -1,0 +1,65 @@
+// The C interface of the library: plain structs of pointers and strides, mirrored by ctypes in
+// kvrelay_kernels/cpu/native/library.py. Strides are in elements. Knows nothing of torch or Python.
+#pragma once
+#include <cstdint>
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+enum Status : int32_t {
+  kOk = 0,
+  kBadLengths = 1,    // cu_seqlens_q and seq_lens disagree with each other or with the table
+  kBadTable = 2,      // a used block_table entry is no page
+  kBadSelection = 3,  // a listed block lies outside its sequence
+};
+
+// One layer's paged keys and values: K and V are [num_blocks, num_kv_heads, 64, head_dim].
+struct PagedKV {
+  const void *k, *v;
+  int64_t k_stride[3], v_stride[3];  // block, head, token; channels are contiguous
+  const int32_t *block_table;        // [batch, max_blocks]
+  const int32_t *seq_lens;           // [batch]
+  int64_t table_stride, batch, max_blocks, num_blocks;
+  int32_t num_kv_heads, head_dim, dtype, num_threads;
+};
+
+// Query rows [total_q, num_q_heads, head_dim]; cu_seqlens_q null means decode, one row a sequence.
+struct Queries {
+  const void *q;
+  int64_t q_stride[2];  // row, head
+  const int32_t *cu_seqlens_q;
+  int64_t total_q;
+  int32_t num_q_heads;
+  float scale;
+};
+
+// Lists of blocks [slots, num_kv_heads, budget]; indices null means dense.
+struct Lists {
+  int32_t *indices, *counts;
+  const int32_t *cu_q_blocks;
+  int64_t budget;
+};
+
+struct Outputs {
+  void *out;   // contiguous, like q
+  float *lse;  // [total_q, num_q_heads]
+};
+
+// Statistics, contiguous [num_blocks, num_kv_heads, head_dim] (spread without the last), dtype of K.
+struct Stats {
+  void *mean, *minimum, *maximum, *spread, *coarse_minimum, *coarse_maximum;
+};
+
+struct TreeConfig {
+  int64_t budget, sink_blocks, local_blocks, num_candidates, beam, sampled_queries, sibling_blocks;
+  double top_p;  // above 1: none
+};
+
+extern "C" {
+int32_t kvr_supported();
+int32_t kvr_prefill(const PagedKV *, const Queries *, const Lists *, const Outputs *);
+int32_t kvr_decode(const PagedKV *, const Queries *, const Lists *, const Outputs *);
+int32_t kvr_merge(const void *outs, const float *lses, int64_t splits, int64_t rows, int64_t head_dim,
+                  int32_t dtype, int32_t num_threads, void *out, float *lse);
+int32_t kvr_update_stats(const PagedKV *, const Stats *, const int32_t *num_new_tokens);
+int32_t kvr_select_tree(const PagedKV *, const Queries *, const Stats *, const TreeConfig *, const Lists *);
+}

@@ -1,0 +1,76 @@
+// The exported functions: check the batch, then run the kernel of its dtype. Compiled once per instruction
+// set into a library of its own, so that no code of one set can leak into another by the linker.
+#include "block_stats.h"
+#include "decode.h"
+#include "merge.h"
+#include "prefill.h"
+#include "tree_selection.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <class F>
+void with_dtype(int32_t dtype, F f) {
+  if (dtype == kFloat32)
+    f(float{});
+  else
+    f(BFloat16{});
+}
+
+Status check(const PagedKV &kv, const Queries &queries, const Lists &lists) {
+  const Status status = check_batch(kv, &queries);
+  return status == kOk && lists.indices ? check_lists(kv, queries, lists) : status;
+}
+
+}  // namespace
+
+EXPORT int32_t kvr_supported() {
+#if defined(__x86_64__) && KVR_LANES == 16
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#elif defined(__x86_64__) && KVR_LANES == 8
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 1;
+#endif
+}
+
+EXPORT int32_t kvr_prefill(const PagedKV *kv, const Queries *queries, const Lists *lists, const Outputs *to) {
+  if (const Status status = check(*kv, *queries, *lists)) return status;
+  with_dtype(kv->dtype, [&](auto type) { prefill<decltype(type)>(*kv, *queries, *lists, *to); });
+  return kOk;
+}
+
+EXPORT int32_t kvr_decode(const PagedKV *kv, const Queries *queries, const Lists *lists, const Outputs *to) {
+  if (const Status status = check(*kv, *queries, *lists)) return status;
+  with_dtype(kv->dtype, [&](auto type) { decode<decltype(type)>(*kv, *queries, *lists, *to); });
+  return kOk;
+}
+
+EXPORT int32_t kvr_merge(const void *outs, const float *lses, int64_t splits, int64_t rows, int64_t head_dim,
+                         int32_t dtype, int32_t num_threads, void *out, float *lse) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    merge(static_cast<const T *>(outs), lses, splits, rows, head_dim, num_threads, static_cast<T *>(out), lse);
+  });
+  return kOk;
+}
+
+EXPORT int32_t kvr_update_stats(const PagedKV *kv, const Stats *stats, const int32_t *num_new_tokens) {
+  if (const Status status = check_batch(*kv, nullptr)) return status;
+  for (int64_t b = 0; b < kv->batch; ++b)
+    with_dtype(kv->dtype, [&](auto type) { update_sequence<decltype(type)>(*kv, *stats, b, num_new_tokens[b]); });
+  return kOk;
+}
+
+EXPORT int32_t kvr_select_tree(const PagedKV *kv, const Queries *queries, const Stats *stats,
+                               const TreeConfig *config, const Lists *lists) {
+  if (const Status status = check_batch(*kv, queries)) return status;
+  for (int64_t b = 0; b < kv->batch && queries->cu_seqlens_q; ++b) {
+    const Sequence s = sequence_of(*kv, queries->cu_seqlens_q, b);
+    if (s.q_len > 0 && s.offset() % 64) return kBadLengths;
+  }
+  with_dtype(kv->dtype, [&](auto type) { select_tree<decltype(type)>(*kv, *queries, *stats, *config, *lists); });
+  return kOk;
+}

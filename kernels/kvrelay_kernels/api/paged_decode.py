@@ -1,0 +1,33 @@
+"""Operation ``paged_decode``: dense attention of one query per sequence over a paged cache."""
+
+from torch import Tensor
+
+from kvrelay_kernels.api.attention import softmax_scale
+from kvrelay_kernels.dispatch import implementation
+from kvrelay_kernels.layout import PagedKV, check_queries
+
+
+def paged_decode(
+    q: Tensor,
+    kv: PagedKV,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of one query per sequence over the whole sequence.
+
+    q: ``[batch, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides: the last
+        token of each sequence.
+    kv: paged keys and values, that token included (see ``PagedKV``); empty sequences are allowed.
+
+    scale: multiplies q.k, default ``head_dim ** -0.5``.
+    impl: "auto", "reference", "cpu", "cpu-native", "cpu-torch" or "triton".
+
+    Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
+    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
+    InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
+    """
+    check_queries(q, kv, None)
+    kernel = implementation("paged_decode", impl, q)
+    out, lse = kernel(q, kv, softmax_scale(scale, kv))
+    return out, lse

@@ -1,0 +1,35 @@
+"""Operation ``paged_prefill``: dense causal attention of a chunk over a paged cache."""
+
+from torch import Tensor
+
+from kvrelay_kernels.api.attention import softmax_scale
+from kvrelay_kernels.dispatch import implementation
+from kvrelay_kernels.layout import PagedKV, check_queries
+
+
+def paged_prefill(
+    q: Tensor,
+    kv: PagedKV,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Dense causal attention of query chunks over their whole sequences, at any chunk offset.
+
+    q: ``[total_q, num_q_heads, head_dim]`` floating, dtype and device of the pages, any strides; sequence b
+        owns rows ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``, which are the last tokens of its cache.
+    kv: paged keys and values, the chunk included (see ``PagedKV``).
+    cu_seqlens_q: ``[batch + 1]`` int32; empty chunks are allowed.
+
+    scale: multiplies q.k, default ``head_dim ** -0.5``.
+    impl: "auto", "reference", "cpu", "cpu-native", "cpu-torch" or "triton".
+
+    Returns ``(out, lse)``: out like q; lse ``[rows, num_q_heads]`` float32 (float64 for float64 q), natural
+    log of the sum of ``exp(scale * q.k)``. Rows without keys give 0 and minus infinity. Raises
+    InvalidArgument and KernelUnavailable. Method: online softmax (FlashAttention-2, arXiv 2307.08691).
+    """
+    check_queries(q, kv, cu_seqlens_q)
+    kernel = implementation("paged_prefill", impl, q)
+    out, lse = kernel(q, kv, cu_seqlens_q, softmax_scale(scale, kv))
+    return out, lse

@@ -1,0 +1,50 @@
+"""C++ ``select_blocks`` for the default selector, ``tree`` (``csrc/tree_selection.h``).
+
+The selectors it is compared with stay in batched torch here too.
+"""
+
+from torch import Tensor
+
+from kvrelay_kernels.cpu.batched.select_blocks import select_blocks as select_blocks_in_torch
+from kvrelay_kernels.cpu.native.arguments import Argument, lists, paged, queries, raise_for, statistics
+from kvrelay_kernels.cpu.native.library import TreeConfigStruct, library
+from kvrelay_kernels.errors import InvalidArgument
+from kvrelay_kernels.layout import PagedKV
+from kvrelay_kernels.reference.select_blocks import empty_selection
+from kvrelay_kernels.selection import BlockSelection, SelectionConfig
+from kvrelay_kernels.stats import KVBlockStats
+
+
+def select_blocks(
+    q: Tensor,
+    kv: PagedKV,
+    config: SelectionConfig,
+    cu_seqlens_q: Tensor | None,
+    stats: KVBlockStats | None,
+    scale: float,
+) -> BlockSelection:
+    """See ``kvrelay_kernels.api.select_blocks``."""
+    if config.selector != "tree":
+        return select_blocks_in_torch(q, kv, config, cu_seqlens_q, stats, scale)
+    if stats is None:
+        raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
+    selection = empty_selection(q, kv, config, cu_seqlens_q)
+    rows, settings = queries(q, cu_seqlens_q, scale), _settings(config)
+    parts = (paged(kv), rows, statistics(stats), settings, lists(selection))
+    status = library().kvr_select_tree(*(part.pointer for part in parts))
+    raise_for(status, kv, q, cu_seqlens_q)
+    return selection
+
+
+def _settings(config: SelectionConfig) -> Argument:
+    struct = TreeConfigStruct(
+        budget=config.budget,
+        sink_blocks=config.sink_blocks,
+        local_blocks=config.local_blocks,
+        num_candidates=config.num_candidates,
+        beam=config.beam,
+        sampled_queries=config.sampled_queries,
+        sibling_blocks=config.sibling_blocks,
+        top_p=2.0 if config.top_p is None else config.top_p,
+    )
+    return Argument(struct, ())
