@@ -68,11 +68,18 @@ def _transports() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
+    from kvrelay_kernels import cpu_backend
+
+    backend = cpu_backend()
+    build = (
+        "in C++" if backend != "torch" else "batched torch; a C++ compiler at install gives the faster ones"
+    )
+    cpu = Finding(area="kernels", name="cpu", available=True, detail=f"{backend}: {build}")
     triton = importlib.util.find_spec("triton") is not None
     detail = (
         "installed" if triton else "not installed; pip install triton (it comes with CUDA builds of torch)"
     )
-    return [Finding(area="kernels", name="triton", available=triton, detail=detail)]
+    return [cpu, Finding(area="kernels", name="triton", available=triton, detail=detail)]
 
 
 def _compilers() -> list[Finding]:
