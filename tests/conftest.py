@@ -4,12 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tiny_engine import write_tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A default run draws the same examples every time; `--slow` looks for new ones."""
+    settings.register_profile("same-every-time", derandomize=True)
+    if not config.getoption("--slow"):
+        settings.load_profile("same-every-time")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

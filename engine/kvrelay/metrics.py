@@ -64,8 +64,11 @@ class Ledger:
         self.token_times_s.append(at_s)
 
     def timings(self, end_s: float) -> Timings:
-        """The ledger of a request that ended, or is looked at, at `end_s`."""
-        events = sorted(self.events, key=lambda event: event[0])
+        """The ledger of a request that ended, or is looked at, at `end_s`.
+
+        At one and the same instant the first token comes last: what led to it cannot follow it.
+        """
+        events = sorted(self.events, key=lambda event: (event[0], event[1] == "first_token"))
         parts = dict.fromkeys(SPANS.values(), 0.0)
         ends = [at_s for at_s, _ in events[1:]] + [end_s]
         started = False

@@ -112,6 +112,16 @@ def test_parts_sum_to_e2e_and_to_ttft_in_any_order_of_arrival(
         assert timings.decode_s == 0.0
 
 
+def test_a_late_mark_at_the_instant_of_the_first_token_comes_before_it() -> None:
+    ledger = Ledger()
+    ledger.token(1.0)
+    for event, at_s in (("arrived", 0.0), ("decode_started", 1.0), ("kv_committed", 1.0)):
+        ledger.add(event, at_s)
+    timings = ledger.timings(2.0)
+    assert total(timings, PROMPT_PARTS) == timings.ttft_s == 1.0
+    assert timings.decode_s == 1.0
+
+
 def test_a_retry_after_the_first_token_keeps_ttft_and_its_decode_is_decode() -> None:
     ledger = Ledger()
     ledger.add("arrived", 0.0)
