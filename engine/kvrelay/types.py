@@ -25,6 +25,7 @@ LAYOUT_VERSION = 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_SALT_CHARACTERS = 256
 MAX_INTEGER = 2**31 - 1
 
 
@@ -42,7 +43,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `temperature=0` is greedy. `top_k=0` (or -1) and `top_p=1` switch those filters off. With a `seed`, the
     token drawn depends on (seed, position, distribution) only, whichever way the request was served;
     without one, the engine draws a seed. `logprobs=k` returns the chosen token's and the k most likely
-    tokens' log-probabilities, after penalties and before temperature.
+    tokens' log-probabilities, after penalties and before temperature. Requests of a lower `priority` are
+    served first, those of equal priority in order of arrival. KV is reused only between requests of equal
+    `cache_salt` (a tenant's secret, say); None shares with all that have none.
 
     Raises `InvalidRequest`, naming the field, when a value is out of range.
     """
@@ -61,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    priority: int = 0
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -74,7 +79,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidRequest(f"{field}={getattr(self, field)!r}: expected {expected}")
 
     def _rules(self) -> dict[str, tuple[bool, str]]:
-        stops_ok = len(self.stop) <= MAX_STOP_STRINGS and all(_is_text(stop) for stop in self.stop)
+        stops_ok = len(self.stop) <= MAX_STOP_STRINGS and all(
+            _is_text(stop, MAX_STOP_CHARACTERS) for stop in self.stop
+        )
         return {
             "max_tokens": (1 <= self.max_tokens <= MAX_INTEGER, f"1 to {MAX_INTEGER}"),
             "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens={self.max_tokens}"),
@@ -95,6 +102,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "repetition_penalty": (0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
             "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
             "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
+            "priority": (abs(self.priority) <= MAX_INTEGER, f"-{MAX_INTEGER} to {MAX_INTEGER}"),
+            "cache_salt": (
+                self.cache_salt is None or _is_text(self.cache_salt, MAX_SALT_CHARACTERS),
+                f"None or 1 to {MAX_SALT_CHARACTERS} characters",
+            ),
         }
 
 
@@ -102,9 +114,9 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object, max_characters: int) -> bool:
     """A string of allowed length that UTF-8 can carry: no lone surrogates."""
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_STOP_CHARACTERS:
+    if not isinstance(value, str) or not 1 <= len(value) <= max_characters:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
@@ -123,7 +135,7 @@ def _as_float(field: str, value: object) -> float:
 
 def _check_kinds(params: SamplingParams) -> None:
     optional = {"seed", "logprobs"}
-    for field in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+    for field in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "priority"):
         value = getattr(params, field)
         if not _is_integer(value) and not (value is None and field in optional):
             raise InvalidRequest(f"{field}={value!r}: expected an integer")

@@ -24,6 +24,7 @@ from kvrelay.types import (
 )
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_CACHE_CHANGES = 4096
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -202,6 +203,18 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     counters: dict[str, int]
 
 
+class CacheChanged(Message, frozen=True, kw_only=True):
+    """What a worker's prefix cache gained and lost since the last such message, as names of blocks.
+
+    The names are those of `cache.prefix.block_hashes`. Sent with heartbeats, at most `MAX_CACHE_CHANGES`
+    names at a time; no name is both, and what a later message says of one holds.
+    """
+
+    worker_id: WorkerId
+    added: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
 class Stopped(Message, frozen=True, kw_only=True):
     """The worker's last message: whether every block came home."""
 
@@ -221,6 +234,7 @@ _WORKER_TO_ROUTER = (
     | AttemptFailed
     | WriterGone
     | Heartbeat
+    | CacheChanged
     | Stopped
 )
 _NOTIFICATION = Filling | Filled

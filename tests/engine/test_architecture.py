@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
 )
 TORCH_FREE = [
     *("types", "errors", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
-    *("cache.tickets", "scheduler", "router", "transport", "models.spec", "models.hub"),
+    *("cache.tickets", "cache.prefix", "scheduler", "router", "transport", "models.spec", "models.hub"),
     *("models.tokenizer", "outputs", "launch", "engine", "llm", "cli", "__init__"),
 ]
 

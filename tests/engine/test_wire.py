@@ -108,6 +108,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
             peak_blocks=2,
             counters={"writes": 3},
         ),
+        wire.CacheChanged(worker_id=WORKER, added=(bytes(16), b"\xff" * 16), removed=(b"0" * 16,)),
         wire.Stopped(worker_id=WORKER, num_leaked_blocks=0),
     ],
     "notification": [
@@ -273,6 +274,13 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("presence_penalty", float("nan")),
     ("frequency_penalty", -2.1),
     ("frequency_penalty", None),
+    ("priority", 2**31),
+    ("priority", 0.5),
+    ("priority", None),
+    ("cache_salt", ""),
+    ("cache_salt", "x" * 257),
+    ("cache_salt", "\ud800"),
+    ("cache_salt", 5),
 ]
 
 

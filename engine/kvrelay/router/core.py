@@ -14,6 +14,7 @@ from kvrelay.types import FinishReason, RequestId, TicketId, WorkerId, num_block
 from kvrelay.wire import (
     Abort,
     AttemptFailed,
+    CacheChanged,
     Heartbeat,
     Hello,
     Mark,
@@ -95,6 +96,8 @@ class Router:
                 self._on_step(message, now_s)
             case Heartbeat():
                 self.workers[message.worker_id].heartbeat = message
+            case CacheChanged():
+                self._loads[message.worker_id].change_cached(message.added, message.removed)
             case WriterGone():
                 self._on_writer_gone(message)
             case Reserved():

@@ -1,7 +1,7 @@
 """How a request's (prefill, decode) pair is chosen; one line in `POLICIES` per policy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol
 
@@ -16,11 +16,20 @@ POLICIES = {
 
 @dataclass(slots=True)
 class Load:
-    """What the router has given one worker and not got back: prompt tokens to prefill, requests to decode."""
+    """What the router has given one worker and not got back: prompt tokens to prefill, requests to decode.
+
+    `cached` holds the names (`cache.prefix.block_hashes`) of the blocks that the worker said it has cached.
+    """
 
     worker_id: WorkerId
     num_prefill_tokens: int = 0
     num_requests: int = 0
+    cached: set[bytes] = field(default_factory=set)
+
+    def change_cached(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        """The worker's prefix cache changed."""
+        self.cached.difference_update(removed)
+        self.cached.update(added)
 
 
 class Policy(Protocol):
