@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer and a chat template, and what the engine's tests share."""
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -86,11 +87,11 @@ def assert_all_blocks_home(llm: LLM, timeout_s: float = 10.0) -> None:
 
 
 def leftovers() -> set[str]:
-    """Worker processes and run directories of any engine on this host that this process could have left."""
+    """Worker processes and run directories that this process started and could have left."""
     mine = psutil.Process().children(recursive=True)
     processes = {f"process {child.pid}" for child in mine if "kvrelay.worker" in " ".join(_command(child))}
     roots = {tempfile.gettempdir(), "/tmp"}
-    return processes | {str(path) for root in roots for path in Path(root).glob("kvrelay-*")}
+    return processes | {str(path) for root in roots for path in Path(root).glob(f"kvrelay-{os.getpid()}-*")}
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -133,10 +133,10 @@ def open_workers(config: EngineConfig) -> Workers:
 
 def make_run_directory() -> str:
     """A private directory for sockets and logs, short enough for a socket's path."""
-    directory = tempfile.mkdtemp(prefix="kvrelay-")
+    directory = tempfile.mkdtemp(prefix=f"kvrelay-{os.getpid()}-")
     if len(directory) > MAX_SOCKET_PATH:
         os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="kvrelay-", dir="/tmp")
+        directory = tempfile.mkdtemp(prefix=f"kvrelay-{os.getpid()}-", dir="/tmp")
     return directory
 
 
