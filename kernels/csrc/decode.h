@@ -27,7 +27,13 @@ inline Vec8 sums_of(Vec8 (&a)[8]) {
   return fold<4>(a[0], a[4], lanes);
 }
 
-// One part of one group's attention: unnormalised output [group, head_dim], peaks and sums [group].
+// A range of blocks (entries of a list, if there is one) for some KV heads of a sequence.
+struct DecodeTask {
+  int64_t sequence, first, last;
+  int first_head, num_heads;
+};
+
+// What a task finds: unnormalised output [query heads, head_dim], peaks and sums [query heads].
 struct Part {
   float *out, *peak, *sum;
 };
@@ -35,75 +41,91 @@ struct Part {
 template <class T>
 class DecodeSplit {
  public:
-  DecodeSplit(const PagedKV &kv, const Queries &queries, int64_t sequence, int kv_head, Part part)
+  DecodeSplit(const PagedKV &kv, const Queries &queries, const DecodeTask &task, Part part)
       : kv_(kv),
-        s_(sequence_of(kv, nullptr, sequence)),
-        kv_head_(kv_head),
+        s_(sequence_of(kv, nullptr, task.sequence)),
+        first_head_(task.first_head),
         d_(kv.head_dim),
         group_(queries.num_q_heads / kv.num_kv_heads),
         factor_(queries.scale * kLog2e),
         part_(part),
-        query_(scratch(kQueries, size_t(group_) * d_)),
-        scores_(scratch(kScores, size_t(group_ + 1) * (kBlock + 8))) {
-    const T *q = static_cast<const T *>(queries.q) + sequence * queries.q_stride[0];
-    for (int g = 0; g < group_; ++g)
-      for (int c = 0; c < d_; c += 8)
-        store8(query_ + g * d_ + c, load8(q + (kv_head * group_ + g) * queries.q_stride[1] + c));
-    std::fill(part.out, part.out + group_ * d_, 0.0f);
-    std::fill(part.peak, part.peak + group_, kLowest);
-    std::fill(part.sum, part.sum + group_, 0.0f);
+        query_(scratch(kQueries, size_t(task.num_heads) * group_ * d_)),
+        scores_(scratch(kScores, size_t(kMostHeads) * kRow)) {
+    const int rows = task.num_heads * group_;
+    for (int row = 0; row < rows; ++row) {
+      const T *q = static_cast<const T *>(queries.q) + task.sequence * queries.q_stride[0] +
+                   (first_head_ * group_ + row) * queries.q_stride[1];
+      for_each_channels(d_, [&](auto width, int c) {
+        store_channels<width>(query_ + row * d_ + c, load_channels<width>(q + c));
+      });
+    }
+    std::fill(part.out, part.out + rows * d_, 0.0f);
+    std::fill(part.peak, part.peak + rows, kLowest);
+    std::fill(part.sum, part.sum + rows, 0.0f);
   }
 
-  // `next` is the block after this one, fetched meanwhile; negative if none.
-  void attend(int64_t block, int64_t next) {
+  // The block of one KV head; the one attended to next is fetched meanwhile, if there is one.
+  void attend(int head, int64_t block, int next_head, int64_t next) {
     if (block < 0) return;
     const int n = int(std::min<int64_t>(kBlock, s_.num_tokens - block * kBlock));
-    const int64_t page = s_.table[block];
-    const T *k = tile_of<T>(kv_.k, kv_.k_stride, page, kv_head_);
-    const T *v = tile_of<T>(kv_.v, kv_.v_stride, page, kv_head_);
-    next_k_ = next < 0 ? k : tile_of<T>(kv_.k, kv_.k_stride, s_.table[next], kv_head_);
-    next_v_ = next < 0 ? v : tile_of<T>(kv_.v, kv_.v_stride, s_.table[next], kv_head_);
-    int g = 0;
-    for (; g + 4 <= group_; g += 4) attend_heads<4>(g, k, v, n);
-    for (; g + 2 <= group_; g += 2) attend_heads<2>(g, k, v, n);
-    for (; g < group_; ++g) attend_heads<1>(g, k, v, n);
+    const T *k = keys(head, block), *v = values(head, block);
+    next_k_ = next < 0 ? k : keys(next_head, next);
+    next_v_ = next < 0 ? v : values(next_head, next);
+    const int end = (head - first_head_ + 1) * group_;
+    int g = end - group_;
+    for (; g + 4 <= end; g += 4) attend_heads<4>(g, k, v, n);
+    if (end - g == 3) attend_heads<3>(g, k, v, n);
+    if (end - g == 2) attend_heads<2>(g, k, v, n);
+    if (end - g == 1) attend_heads<1>(g, k, v, n);
   }
 
  private:
+  static constexpr int kMostHeads = 4;
   static constexpr int kRow = kBlock + 8;  // scores of a head, with room for a tile that overruns
+
+  const T *keys(int head, int64_t block) const { return tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], head); }
+  const T *values(int head, int64_t block) const { return tile_of<T>(kv_.v, kv_.v_stride, s_.table[block], head); }
 
   template <int H>
   void attend_heads(int g, const T *k, const T *v, int n) {
     score<H>(query_ + g * d_, k, n);
     float keep[H];
     for (int h = 0; h < H; ++h) keep[h] = softmax(g + h, scores_ + h * kRow, n);
-    accumulate<H>(part_.out + g * d_, v, n, keep);
+    const T *next = next_v_;
+    for_each_channels(d_, [&](auto width, int c) {
+      accumulate<H, width>(part_.out + g * d_ + c, v + c, n, keep, next);
+    });
   }
 
   // Memory streams at full speed only if asked ahead of the arithmetic, and evenly: while the scores of a
   // block are computed the next block's keys are fetched, while its values are added up the next values.
-  static void prefetch(const T *from, int64_t elements) {
+  static void fetch(const T *&from, int elements) {
     constexpr int line = 64 / int(sizeof(T));
-    for (int64_t c = 0; c < elements; c += line) __builtin_prefetch(from + c, 0, 2);
+    for (int c = 0; c < elements; c += line) __builtin_prefetch(from + c, 0, 2);
+    from += elements;
   }
 
   template <int H>
   void score(const float *query, const T *k, int n) {
     constexpr int K = 8 / H;
+    const T *next = next_k_;
+    const int64_t stride = kv_.k_stride[2];
     for (int i = 0; i < n; i += K) {
-      for (int j = 0; j < K; ++j) prefetch(next_k_ + (i + j) * kv_.k_stride[2], d_);
+      fetch(next, K * d_);
       const T *row[K];
-      for (int j = 0; j < K; ++j) row[j] = k + std::min(i + j, n - 1) * kv_.k_stride[2];
+      for (int j = 0; j < K; ++j) row[j] = k + std::min(i + j, n - 1) * stride;
       Vec8 acc[8] = {};
-      for (int c = 0; c < d_; c += 8) {
-        Vec8 key[K];
-        for (int j = 0; j < K; ++j) key[j] = load8(row[j] + c);
-        for (int h = 0; h < H; ++h)
-          for (int j = 0; j < K; ++j) acc[h * K + j] += load8(query + h * d_ + c) * key[j];
-      }
-      const Vec8 sums = sums_of(acc);
+      for_each_channels(d_, [&](auto width, int c) {
+        Pair key[K];
+        for (int j = 0; j < K; ++j) key[j] = load_channels<width>(row[j] + c);
+        for (int part = 0; part < width / 8; ++part)
+          for (int h = 0; h < H; ++h) {
+            const Vec8 q = load8(query + h * d_ + c + 8 * part);
+            for (int j = 0; j < K; ++j) acc[h * K + j] += q * key[j].half[part];
+          }
+      });
       float line[8];
-      store8(line, sums);
+      store8(line, sums_of(acc));
       for (int h = 0; h < H; ++h) memcpy(scores_ + h * kRow + i, line + h * K, K * sizeof(float));
     }
   }
@@ -127,96 +149,100 @@ class DecodeSplit {
     return keep;
   }
 
-  template <int H>
-  void accumulate(float *out, const T *v, int n, const float *keep) {
-    int c = 0;
-    for (; c + 16 <= d_; c += 16) accumulate_channels<H, 2>(out + c, v + c, n, keep, next_v_ + c * kBlock);
-    if (c < d_) accumulate_channels<H, 1>(out + c, v + c, n, keep, next_v_ + c * kBlock);
-  }
-
-  template <int H, int NV>
-  void accumulate_channels(float *out, const T *v, int n, const float *keep, const T *next) {
-    Vec8 acc[H][NV] = {};
-    for (int i = 0; i < n; ++i) {
-      __builtin_prefetch(next + i * 8 * NV, 0, 2);
-      for (int j = 0; j < NV; ++j) {
-        const Vec8 value = load8(v + i * kv_.v_stride[2] + j * 8);
-        for (int h = 0; h < H; ++h) acc[h][j] += scores_[h * kRow + i] * value;
-      }
+  // out[h] = keep[h] * out[h] + sum over i < n of scores[h][i] * v[i], for `width` channels
+  template <int H, int width>
+  void accumulate(float *out, const T *v, int n, const float *keep, const T *&next) {
+    constexpr int P = width / 8;
+    Vec8 acc[H][P] = {};
+    const int64_t stride = kv_.v_stride[2];
+    for (int i = 0; i < n; ++i, v += stride) {
+      fetch(next, width);
+      const Pair value = load_channels<width>(v);
+      for (int h = 0; h < H; ++h)
+        for (int part = 0; part < P; ++part) acc[h][part] += scores_[h * kRow + i] * value.half[part];
     }
     for (int h = 0; h < H; ++h)
-      for (int j = 0; j < NV; ++j) {
-        float *to = out + h * d_ + j * 8;
-        store8(to, load8(to) * keep[h] + acc[h][j]);
+      for (int part = 0; part < P; ++part) {
+        float *to = out + h * d_ + 8 * part;
+        store8(to, load8(to) * keep[h] + acc[h][part]);
       }
   }
 
   const PagedKV &kv_;
   const Sequence s_;
-  const int kv_head_, d_, group_;
+  const int first_head_, d_, group_;
   const float factor_;
   const Part part_;
   float *query_, *scores_;
   const T *next_k_ = nullptr, *next_v_ = nullptr;
 };
 
-struct DecodeTask {
-  int64_t sequence, first, last;  // entries of the list, or blocks
-  int kv_head;
-};
-
-inline int64_t listed(const PagedKV &kv, const Lists &lists, int64_t sequence, int kv_head) {
-  if (!lists.indices) return sequence_of(kv, nullptr, sequence).num_pages();
-  return lists.counts[lists.cu_q_blocks[sequence] * int64_t(kv.num_kv_heads) + kv_head];
+// Without lists a task takes all heads: their tiles of a block are neighbours in memory.
+inline std::vector<DecodeTask> decode_tasks(const PagedKV &kv, const Lists &lists) {
+  std::vector<DecodeTask> tasks;
+  const int num_heads = lists.indices ? 1 : kv.num_kv_heads;
+  const int64_t width = lists.indices ? kSplitBlocks : std::max(1, kSplitBlocks / num_heads);
+  for (int64_t b = 0; b < kv.batch; ++b)
+    for (int head = 0; head < kv.num_kv_heads; head += num_heads) {
+      const int64_t n = lists.indices ? lists.counts[lists.cu_q_blocks[b] * int64_t(kv.num_kv_heads) + head]
+                                      : sequence_of(kv, nullptr, b).num_pages();
+      for (int64_t first = 0; first == 0 || first < n; first += width)
+        tasks.push_back({b, first, std::min(first + width, n), head, num_heads});
+    }
+  return tasks;
 }
 
 template <class T>
-void write_merged(const Part *parts, int64_t num_parts, int group, int d, T *out, float *lse) {
-  for (int g = 0; g < group; ++g) {
+void attend_task(const PagedKV &kv, const Queries &queries, const Lists &lists, const DecodeTask &task, Part part) {
+  DecodeSplit<T> split(kv, queries, task, part);
+  const int64_t slot = lists.indices ? lists.cu_q_blocks[task.sequence] : 0;
+  const int32_t *list = lists.indices + (slot * kv.num_kv_heads + task.first_head) * lists.budget;
+  const auto block = [&](int64_t i) { return i >= task.last ? -1 : lists.indices ? int64_t(list[i]) : i; };
+  const int end = task.first_head + task.num_heads;
+  for (int64_t i = task.first; i < task.last; ++i) {
+    for (int head = task.first_head; head + 1 < end; ++head) split.attend(head, block(i), head + 1, block(i));
+    split.attend(end - 1, block(i), task.first_head, block(i + 1));
+  }
+}
+
+// Rows [num_rows, head_dim] of the result from the parts of the same sequence and heads.
+template <class T>
+void write_merged(const Part *parts, int64_t num_parts, int num_rows, int d, T *out, float *lse) {
+  for (int row = 0; row < num_rows; ++row) {
     float peak = kLowest, sum = 0;
-    for (int64_t i = 0; i < num_parts; ++i) peak = std::max(peak, parts[i].peak[g]);
-    for (int64_t i = 0; i < num_parts; ++i) sum += parts[i].sum[g] * std::exp2(parts[i].peak[g] - peak);
-    lse[g] = sum > 0 ? (peak + std::log2(sum)) * kLn2 : -kInfinity;
-    for (int c = 0; c < d; c += 8) {
-      Vec8 line = {};
-      for (int64_t i = 0; i < num_parts; ++i)
-        if (sum > 0) line += load8(parts[i].out + g * d + c) * (std::exp2(parts[i].peak[g] - peak) / sum);
-      store8(out + g * d + c, line);
-    }
+    for (int64_t i = 0; i < num_parts; ++i) peak = std::max(peak, parts[i].peak[row]);
+    for (int64_t i = 0; i < num_parts; ++i) sum += parts[i].sum[row] * std::exp2(parts[i].peak[row] - peak);
+    lse[row] = sum > 0 ? (peak + std::log2(sum)) * kLn2 : -kInfinity;
+    for_each_channels(d, [&](auto width, int c) {
+      Pair line = {};
+      for (int64_t i = 0; i < num_parts && sum > 0; ++i) {
+        const float weight = std::exp2(parts[i].peak[row] - peak) / sum;
+        const Pair part = load_channels<width>(parts[i].out + row * d + c);
+        line.half[0] += part.half[0] * weight;
+        line.half[1] += part.half[1] * weight;
+      }
+      store_channels<width>(out + row * d + c, line);
+    });
   }
 }
 
 template <class T>
 void decode(const PagedKV &kv, const Queries &queries, const Lists &lists, const Outputs &to) {
-  const int group = queries.num_q_heads / kv.num_kv_heads, d = kv.head_dim;
-  std::vector<DecodeTask> tasks;
-  std::vector<int64_t> first_part{0};
-  for (int64_t b = 0; b < kv.batch; ++b)
-    for (int head = 0; head < kv.num_kv_heads; ++head) {
-      const int64_t n = listed(kv, lists, b, head);
-      for (int64_t i = 0; i < n; i += kSplitBlocks)
-        tasks.push_back({b, i, std::min<int64_t>(i + kSplitBlocks, n), head});
-      first_part.push_back(int64_t(tasks.size()));
-    }
-  std::vector<float> memory(tasks.size() * group * (d + 2));
+  const std::vector<DecodeTask> tasks = decode_tasks(kv, lists);
+  const int rows = queries.num_q_heads / kv.num_kv_heads * (lists.indices ? 1 : kv.num_kv_heads), d = kv.head_dim;
+  std::vector<float> memory(tasks.size() * rows * (d + 2));
   std::vector<Part> parts(tasks.size());
   for (size_t i = 0; i < tasks.size(); ++i) {
-    float *at = memory.data() + i * group * (d + 2);
-    parts[i] = {at, at + group * d, at + group * (d + 1)};
+    float *at = memory.data() + i * rows * (d + 2);
+    parts[i] = {at, at + rows * d, at + rows * (d + 1)};
   }
-  parallel_for(int64_t(tasks.size()), kv.num_threads, [&](int64_t i) {
-    const DecodeTask &task = tasks[i];
-    DecodeSplit<T> split(kv, queries, task.sequence, task.kv_head, parts[i]);
-    const int64_t slot = lists.indices ? lists.cu_q_blocks[task.sequence] : 0;
-    const int32_t *list = lists.indices + (slot * kv.num_kv_heads + task.kv_head) * lists.budget;
-    const auto entry = [&](int64_t j) { return lists.indices ? int64_t(list[j]) : j; };
-    for (int64_t j = task.first; j < task.last; ++j)
-      split.attend(entry(j), j + 1 < task.last ? entry(j + 1) : -1);
-  });
-  for (int64_t pair = 0; pair < kv.batch * kv.num_kv_heads; ++pair) {
-    const int64_t row = pair * group;  // rows of out are (sequence, head), which pairs enumerate in order
-    write_merged(parts.data() + first_part[pair], first_part[pair + 1] - first_part[pair], group, d,
-                 static_cast<T *>(to.out) + row * d, to.lse + row);
+  parallel_for(int64_t(tasks.size()), kv.num_threads,
+               [&](int64_t i) { attend_task<T>(kv, queries, lists, tasks[i], parts[i]); });
+  int64_t row = 0;  // rows of out are (sequence, head), which tasks enumerate in order
+  for (size_t first = 0, next; first < tasks.size(); first = next, row += rows) {
+    for (next = first + 1; next < tasks.size() && tasks[next].first > 0;) ++next;
+    write_merged(parts.data() + first, int64_t(next - first), rows, d, static_cast<T *>(to.out) + row * d,
+                 to.lse + row);
   }
 }
 

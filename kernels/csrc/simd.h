@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -14,6 +15,7 @@ typedef float Vec __attribute__((vector_size(4 * KVR_LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * KVR_LANES)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef int32_t IVec8 __attribute__((vector_size(32)));
+typedef uint32_t Word8 __attribute__((vector_size(32)));
 
 template <class V>
 struct IntOf;
@@ -48,7 +50,6 @@ inline Vec8 load8(const float *p) { return load<Vec8>(p); }
 
 inline Vec8 load8(const BFloat16 *p) {
   typedef uint16_t Half8 __attribute__((vector_size(16)));
-  typedef uint32_t Word8 __attribute__((vector_size(32)));
   Half8 half;
   memcpy(&half, p, sizeof half);
   const Word8 bits = __builtin_convertvector(half, Word8) << 16;
@@ -62,15 +63,61 @@ inline void store(float *p, V v) {
 
 inline void store8(float *p, Vec8 v) { store(p, v); }
 
-// Round to nearest, ties to even. NaN stays NaN.
+// The upper halves, in the lower: round to nearest, ties to even. NaN stays NaN.
+inline Word8 rounded_words(Vec8 v) {
+  const Word8 bits = (Word8)v;
+  const Word8 nan = (Word8)(v != v);
+  return (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & ~nan) | (nan & 0x7fc0);
+}
+
 inline void store8(BFloat16 *p, Vec8 v) {
   typedef uint16_t Half8 __attribute__((vector_size(16)));
-  typedef uint32_t Word8 __attribute__((vector_size(32)));
-  const Word8 bits = (Word8)v;
-  const Word8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Word8 nan = (Word8)(v != v);
-  const Half8 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half8);
+  const Half8 half = __builtin_convertvector(rounded_words(v), Half8);
   memcpy(p, &half, sizeof half);
+}
+
+// Sixteen channels as two vectors: of bfloat16 the even and the odd ones, for one load, a shift and a mask.
+// Eight channels (the end of a head_dim such as 72) are one vector in order.
+struct Pair {
+  Vec8 half[2];
+};
+
+inline Pair load16(const float *p) { return {load8(p), load8(p + 8)}; }
+
+inline Pair load16(const BFloat16 *p) {
+  Word8 words;
+  memcpy(&words, p, sizeof words);
+  return {(Vec8)(words << 16), (Vec8)(words & 0xffff0000)};
+}
+
+inline void store16(float *p, Pair pair) {
+  store8(p, pair.half[0]);
+  store8(p + 8, pair.half[1]);
+}
+
+inline void store16(BFloat16 *p, Pair pair) {
+  const Word8 words = rounded_words(pair.half[0]) | rounded_words(pair.half[1]) << 16;
+  memcpy(p, &words, sizeof words);
+}
+
+template <int N, class T>
+inline Pair load_channels(const T *p) {
+  if constexpr (N == 16) return load16(p);
+  else return {load8(p), Vec8{}};
+}
+
+template <int N, class T>
+inline void store_channels(T *p, Pair pair) {
+  if constexpr (N == 16) store16(p, pair);
+  else store8(p, pair.half[0]);
+}
+
+// f(integral_constant 16 or 8, first channel) over the channels of a row.
+template <class F>
+inline void for_each_channels(int head_dim, F f) {
+  int c = 0;
+  for (; c + 16 <= head_dim; c += 16) f(std::integral_constant<int, 16>{}, c);
+  if (c < head_dim) f(std::integral_constant<int, 8>{}, c);
 }
 
 template <class V>
