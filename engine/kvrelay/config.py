@@ -4,6 +4,7 @@ The only place that reads the environment. Knows no tensors and starts nothing.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,16 @@ DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("dense",)
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
+SECONDS = ("lease_s", "worker_timeout_s", "start_timeout_s", "queue_timeout_s", "slo_ttft_s", "slo_itl_s")
+LEAST = (
+    ("max_queued_requests", 0),
+    ("local_prefill_tokens", 0),
+    ("price_per_hour", 0),
+    ("pue", 1),
+    ("carbon_g_per_kwh", 0),
+)
+OWN = ("device", "num_kv_blocks", "max_num_seqs", "prefill_chunk_tokens")  # what each worker may have its own
+WORKER_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
 def cache_home() -> Path:
@@ -32,6 +43,39 @@ def cuda_visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker of a pool whose workers differ (`[[workers]]` in TOML); None takes the engine's setting.
+
+    `power_model` is this worker's alone: `idle_w=5,busy_w=20`.
+
+    Raises `InvalidConfig` or `UnknownName`, naming the field.
+    """
+
+    role: Role
+    worker_id: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    num_kv_blocks: int | None = None
+    max_num_seqs: int | None = None
+    prefill_chunk_tokens: int | None = None
+    power_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            _check_choice("workers.device", self.device.split(":")[0], DEVICES)
+        for field in ("threads", "num_kv_blocks", "max_num_seqs"):
+            _check_at_least(f"workers.{field}", getattr(self, field), 1)
+        _check_chunk("workers.prefill_chunk_tokens", self.prefill_chunk_tokens)
+        if self.worker_id is not None and not WORKER_ID.fullmatch(self.worker_id):
+            raise InvalidConfig(
+                f"workers.worker_id={self.worker_id!r}: expected letters, digits, - and _, at most 32"
+            )
+        if self.power_model is not None and (":" in self.power_model or ";" in self.power_model):
+            raise InvalidConfig(
+                f"workers.power_model={self.power_model!r}: expected one worker's idle_w=…,busy_w=…"
+            )
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: its model, its workers, its transport and its limits.
 
@@ -39,6 +83,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cores out equally. `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest
     of every block on both sides of the hand-off. `lease_s` is the longest silence of a KV writer, and
     `worker_timeout_s` the longest silence of a busy worker, before it is given up.
+
+    `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
+    no worker can take wait in the router: at most `max_queued_requests` (None: any number), each at most
+    `queue_timeout_s`. Prompts of which decode lacks at most `local_prefill_tokens` tokens are computed
+    there (0: never; None: as many as a measurement at the start finds worth it). `slo_ttft_s` and
+    `slo_itl_s` are what requests are held to. `price_per_hour` (any currency), `pue` and
+    `carbon_g_per_kwh` turn joules and hours into costs; nothing is shown of those not given.
+    `role_planner` lets the router change workers' roles by itself.
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
@@ -63,6 +115,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease_s: float = 30.0
     worker_timeout_s: float = 300.0
     start_timeout_s: float = 300.0
+    workers: tuple[WorkerSettings, ...] | None = None
+    max_queued_requests: int | None = None
+    queue_timeout_s: float | None = None
+    local_prefill_tokens: int | None = 0
+    slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
+    price_per_hour: float | None = None
+    pue: float | None = None
+    carbon_g_per_kwh: float | None = None
+    metrics_alias: Literal["vllm"] | None = None
+    role_planner: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)
@@ -72,12 +135,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker"):
             _check_at_least(field, getattr(self, field), 1)
-        for field in ("lease_s", "worker_timeout_s", "start_timeout_s"):
-            if not getattr(self, field) > 0:
-                raise InvalidConfig(f"{field}={getattr(self, field)!r}: expected seconds above 0")
-        chunk = self.prefill_chunk_tokens
-        if chunk is not None and (chunk < BLOCK_SIZE or chunk % BLOCK_SIZE):
-            raise InvalidConfig(f"prefill_chunk_tokens={chunk}: expected a multiple of {BLOCK_SIZE}, or None")
+        for field in SECONDS:
+            seconds = getattr(self, field)
+            if seconds is not None and not seconds > 0:
+                raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
+        for field, least in LEAST:
+            _check_at_least(field, getattr(self, field), least)
+        _check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
+        if self.workers is not None:
+            _check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
 
     @classmethod
     def of(cls, **settings: Any) -> "EngineConfig":
@@ -96,7 +162,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
 
     def roles(self) -> list[tuple[WorkerId, Role]]:
-        """The workers to start, `prefill-0, …, decode-0, …` or `colocated-0, …`."""
+        """The workers to start, `prefill-0, …, decode-0, …` or `colocated-0, …`, or those listed."""
+        if self.workers is not None:
+            return [(worker_id, settings.role) for worker_id, settings in self._listed()]
         if self.mode == "colocated":
             return [(WorkerId(f"colocated-{i}"), "colocated") for i in range(self.decode_workers)]
         prefill: list[tuple[WorkerId, Role]] = [
@@ -104,10 +172,34 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ]
         return prefill + [(WorkerId(f"decode-{i}"), "decode") for i in range(self.decode_workers)]
 
-    def worker_threads(self) -> int:
-        """Compute threads of each worker: as asked, else an equal share of the usable cores."""
+    def worker_threads(self, worker_id: WorkerId) -> int:
+        """Compute threads of a worker: as asked, else an equal share of the usable cores."""
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads_per_worker or max(1, usable // len(self.roles()))
+        listed = dict(self._listed()).get(worker_id)
+        asked = listed.threads if listed is not None else None
+        return asked or self.threads_per_worker or max(1, usable // len(self.roles()))
+
+    def of_worker(self, worker_id: WorkerId) -> "EngineConfig":
+        """The same settings as one worker has them."""
+        listed = dict(self._listed()).get(worker_id)
+        if listed is None:
+            return self
+        own = {name: value for name in OWN if (value := getattr(listed, name)) is not None}
+        return msgspec.structs.replace(self, **own)
+
+    def powers(self) -> str | None:
+        """The power model with that of each listed worker in it, in the grammar of `energy.power_model`."""
+        own = [f"{w}:{s.power_model}" for w, s in self._listed() if s.power_model is not None]
+        return ";".join([*own, *filter(None, [self.power_model])]) or None
+
+    def _listed(self) -> list[tuple[WorkerId, WorkerSettings]]:
+        """The listed workers by id: their own, else their role and how many of it came before."""
+        counts: dict[str, int] = {}
+        found = []
+        for settings in self.workers or ():
+            number = counts[settings.role] = counts.get(settings.role, -1) + 1
+            found.append((WorkerId(settings.worker_id or f"{settings.role}-{number}"), settings))
+        return found
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +222,22 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
         raise UnknownName(f"{field}={value!r}: expected one of {', '.join(choices)}")
 
 
-def _check_at_least(field: str, value: int | None, least: int) -> None:
+def _check_at_least(field: str, value: float | None, least: float) -> None:
     if value is not None and value < least:
         raise InvalidConfig(f"{field}={value}: expected at least {least}")
+
+
+def _check_chunk(field: str, chunk: int | None) -> None:
+    if chunk is not None and (chunk < BLOCK_SIZE or chunk % BLOCK_SIZE):
+        raise InvalidConfig(f"{field}={chunk}: expected a multiple of {BLOCK_SIZE}, or None")
+
+
+def _check_workers(workers: tuple[WorkerSettings, ...], worker_ids: list[WorkerId]) -> None:
+    roles = {settings.role for settings in workers}
+    if roles != {"colocated"} and not {"prefill", "decode"} <= roles:
+        raise InvalidConfig(f"workers: roles {sorted(roles)}: expected prefill and decode, or colocated only")
+    if "colocated" in roles and len(roles) > 1:
+        raise InvalidConfig("workers: colocated workers cannot be mixed with prefill or decode")
+    twice = sorted({worker_id for worker_id in worker_ids if worker_ids.count(worker_id) > 1})
+    if twice:
+        raise InvalidConfig(f"workers.worker_id={twice[0]!r}: two workers have it")

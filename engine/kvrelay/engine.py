@@ -88,7 +88,7 @@ class Engine:
                 "must leave room for at least one more"
             )
         max_total = min(len(token_ids) + params.max_tokens, self.max_model_len)
-        self._runtime.router.check_fits(len(token_ids), max_total)
+        self._runtime.router.fleet.check_fits(len(token_ids), max_total)
         text = prompt if isinstance(prompt, str) else None
         return Prepared(text, token_ids, max_total, params, arrived_s)
 
@@ -182,9 +182,9 @@ class Engine:
                 endpoint=endpoint,
                 run_directory=self._workers.run_directory,
                 model_directory=str(directory),
-                num_threads=self.config.worker_threads(),
+                num_threads=self.config.worker_threads(worker_id),
                 num_workers=len(roles),
-                engine=self.config,
+                engine=self.config.of_worker(worker_id),
             )
             for index, (worker_id, role) in enumerate(roles)
         ]
@@ -196,8 +196,11 @@ def _check_names(config: EngineConfig) -> None:
     parse_transport(config.transport)
     if config.meter not in (*METERS, "auto"):
         raise UnknownName(f"meter={config.meter!r}: expected one of {', '.join(sorted([*METERS, 'auto']))}")
-    if config.power_model is not None:
-        parse_power_model(config.power_model)
+    powers = config.powers()
+    if powers is not None:
+        parse_power_model(powers)
+    if config.policy == "energy_aware" and config.meter == "none":
+        raise InvalidConfig("policy='energy_aware' needs joules; meter='none' measures none")
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -37,6 +37,10 @@ class Overloaded(KVRelayError):
         self.retry_after_s = retry_after_s
 
 
+class DeadlineExceeded(KVRelayError):
+    """The request had not begun by its deadline: too many were ahead of it."""
+
+
 class ProtocolError(KVRelayError):
     """A message that is not in the closed union, or arrives in a state that has no place for it."""
 

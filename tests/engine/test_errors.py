@@ -26,7 +26,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"decode_wokers": 2}, InvalidConfig, "decode_wokers: there is no such setting; there are model, mode"),
     ({"transport": "carrier-pigeon"}, UnknownName, "expected one of faulty, inproc, shm"),
     ({"transport": "shm:speed=9"}, InvalidConfig, "shm"),
-    ({"policy": "best"}, UnknownName, "expected one of least_loaded, round_robin"),
+    ({"policy": "best"}, UnknownName, "expected one of auto, energy_aware"),
     ({"device": "tpu"}, UnknownName, "expected one of auto, cpu, cuda"),
     ({"dtype": "int4"}, UnknownName, "expected one of auto, float32"),
     ({"dtype": "float16", "device": "cpu"}, InvalidConfig, "float16"),

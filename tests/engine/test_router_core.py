@@ -26,7 +26,8 @@ from kvrelay.errors import (
     WorkerFailed,
 )
 from kvrelay.router.core import MAX_FAILURES, Router
-from kvrelay.router.policies import POLICIES, Load, open_policy
+from kvrelay.router.load import Job, Load, Pair
+from kvrelay.router.policies import POLICIES, open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.types import (
     KVLayout,
@@ -106,7 +107,7 @@ class Desk:
         return self.taken()
 
     def loads(self) -> list[tuple[int, int]]:
-        return [(load.num_prefill_tokens, load.num_requests) for load in self.router._loads.values()]
+        return [(load.num_prefill_tokens, load.num_requests) for load in self.router.fleet.loads.values()]
 
 
 @pytest.fixture
@@ -287,7 +288,7 @@ def test_a_failed_attempt_is_retried_a_bounded_number_of_times(desk: Desk, retry
     (update,) = desk.updates
     assert isinstance(update.error, TransferFailed)
     assert "digest" in str(update.error)
-    assert desk.router.num_ended["retried"] == (MAX_FAILURES if retryable else 0)
+    assert desk.router.counts.num_ended["retried"] == (MAX_FAILURES if retryable else 0)
     assert desk.loads() == [(0, 0)] * 4
 
 
@@ -312,9 +313,9 @@ def test_without_workers_of_a_role_requests_end_with_the_reason(desk: Desk, role
 
 
 def test_a_request_that_fits_no_pool_is_refused_with_the_numbers(desk: Desk) -> None:
-    desk.router.check_fits(1, POOL_BLOCKS * 64)
+    desk.router.fleet.check_fits(1, POOL_BLOCKS * 64)
     with pytest.raises(PoolTooSmall, match=r"need 65 KV blocks.*has 64") as caught:
-        desk.router.check_fits(1, POOL_BLOCKS * 64 + 1)
+        desk.router.fleet.check_fits(1, POOL_BLOCKS * 64 + 1)
     assert isinstance(caught.value, InvalidRequest)
 
 
@@ -327,7 +328,7 @@ def test_a_request_only_goes_where_it_fits(policy: str, small: str) -> None:
     for role in ("prefill", "decode"):
         router.add_worker(hello(f"{role}-0", role, 1 if role == small else 8))  # type: ignore[arg-type]
         router.add_worker(hello(f"{role}-1", role, 8))  # type: ignore[arg-type]
-    router.check_fits(100, 104)
+    router.fleet.check_fits(100, 104)
     for number in range(4):
         router.submit(request(number, 100), 0.0)
     assert all(r.prefill != f"{small}-0" and r.decode != f"{small}-0" for r in router.requests.values())
@@ -369,39 +370,55 @@ def loads(*numbers: tuple[int, int]) -> list[Load]:
     return [Load(WorkerId(f"w{i}"), *both) for i, both in enumerate(numbers)]
 
 
+def pairs_of(prefills: list[Load], decodes: list[Load]) -> list[Pair]:
+    return [Pair(prefill, decode) for decode in decodes for prefill in prefills]
+
+
+def names(pair: Pair) -> tuple[str, str]:
+    return (pair.prefill.worker_id, pair.decode.worker_id)
+
+
+JOB = Job(num_tokens=100, max_new_tokens=10)
+
+
 def test_round_robin_takes_each_in_turn_phase_by_phase() -> None:
     policy = open_policy("round_robin")
-    workers = loads((9, 9), (0, 0))
-    assert [policy.decode(workers) for _ in range(3)] == ["w0", "w1", "w0"]
-    assert [policy.prefill(workers) for _ in range(2)] == ["w0", "w1"]
+    prefills = [Load(WorkerId("p0"), 9, 0), Load(WorkerId("p1"))]
+    decodes = [Load(WorkerId("d0"), 0, 9), Load(WorkerId("d1"))]
+    chosen = [names(policy.choose(JOB, pairs_of(prefills, decodes))) for _ in range(4)]
+    assert chosen == [("p0", "d0"), ("p1", "d1"), ("p0", "d0"), ("p1", "d1")]
 
 
 def test_least_loaded_looks_at_the_phases_own_load() -> None:
     policy = open_policy("least_loaded")
-    assert policy.prefill(loads((5, 0), (4, 9))) == "w1"
-    assert policy.decode(loads((5, 0), (4, 9))) == "w0"
-    assert policy.decode(loads((0, 1), (0, 1))) == "w0"
+    assert names(policy.choose(JOB, pairs_of(loads((5, 0), (4, 9)), loads((5, 0), (4, 9))))) == ("w1", "w0")
+    assert names(policy.choose(JOB, pairs_of(loads((0, 0)), loads((0, 1), (0, 1))))) == ("w0", "w0")
 
 
 def test_an_unknown_policy_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(UnknownName, match="least_loaded, round_robin"):
+    with pytest.raises(UnknownName, match="least_loaded, prefix_aware, round_robin"):
         open_policy("fastest")
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-def test_every_policy_chooses_one_of_the_living(name: str) -> None:
+def test_every_policy_chooses_one_of_the_pairs(name: str) -> None:
     policy = open_policy(name)
+    job = Job(num_tokens=100, max_new_tokens=10, block_hashes=(b"a", b"b"), slo_ttft_s=1.0, slo_itl_s=0.1)
     for size in (3, 1, 2, 3):
         workers = loads(*((i, i) for i in range(size)))
-        assert policy.prefill(workers) in {load.worker_id for load in workers}
-        assert policy.decode(workers) in {load.worker_id for load in workers}
+        workers[0].cached = {b"a"}
+        workers[-1].watts = {"prefill": 5.0, "decode": 5.0}
+        workers[-1].add_prefill(100, 0.5)
+        workers[-1].decode_speed.add(1, 0.01)
+        for pairs in (pairs_of(workers, workers), [Pair(load, load) for load in workers]):
+            assert policy.choose(job, pairs) in pairs
 
 
 # The simulation -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Job:
+class FakeJob:
     prefill: Prefill
     is_open: bool = True
 
@@ -440,7 +457,7 @@ class FakeWorker:
         self.world, self.worker_id, self.is_alive = world, WorkerId(worker_id), True
         self.pool = BlockPool(POOL_BLOCKS)
         self.book = TicketBook(self.pool, self.worker_id, 1, lease_s=1e9)
-        self.jobs: dict[TicketId, Job] = {}
+        self.jobs: dict[TicketId, FakeJob] = {}
         self.reserved: dict[TicketId, RequestSpec] = {}
         self.running: dict[tuple[str, int], tuple[RequestSpec, list[int], list[int]]] = {}
         world.router.add_worker(hello(worker_id, role))
@@ -458,7 +475,7 @@ class FakeWorker:
             case Reserve():
                 self.reserve(message.request)
             case Prefill():
-                self.jobs[message.ticket.ticket_id] = Job(message)
+                self.jobs[message.ticket.ticket_id] = FakeJob(message)
                 self.world.network.later(lambda: self.prefill(message.ticket))
             case Abort() if message.ticket is not None:
                 self.jobs.pop(message.ticket.ticket_id, None)
@@ -679,7 +696,7 @@ def test_every_request_ends_once_and_every_block_comes_home(
     world.network.run()
     check_rest(world, requests)
     if not trouble and not num_deaths and not some_abort:
-        assert world.router.num_ended["finished"] == len(requests)
+        assert world.router.counts.num_ended["finished"] == len(requests)
 
 
 def check_rest(world: World, requests: list[RoutedRequest]) -> None:
@@ -698,7 +715,7 @@ def check_rest(world: World, requests: list[RoutedRequest]) -> None:
         timings = routed.ledger.timings(ends[0].at_s)
         parts = (getattr(timings, name) for name in timings.__struct_fields__[:6])
         assert sum(parts) == pytest.approx(timings.e2e_s, abs=1e-6)
-    for load in world.router._loads.values():
+    for load in world.router.fleet.loads.values():
         assert (load.num_prefill_tokens, load.num_requests) == (0, 0), load
     assert not world.router._writers, "the router still waits for writers"
     for ticket_id, decode in world.minted.items():

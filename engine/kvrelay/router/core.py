@@ -6,11 +6,18 @@ callables. Knows no sockets, processes, clocks or text, so it runs under a virtu
 
 from collections.abc import Callable
 
-from kvrelay.errors import ERRORS, KVRelayError, PoolTooSmall, WorkerFailed
+from msgspec.structs import replace
+
+from kvrelay.errors import ERRORS, KVRelayError, WorkerFailed
 from kvrelay.metrics import WorkerTotals
-from kvrelay.router.policies import Load, Policy
-from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.types import FinishReason, RequestId, TicketId, WorkerId, num_blocks
+from kvrelay.router.admission import WaitingQueue, overdue
+from kvrelay.router.counts import RunCounts
+from kvrelay.router.fleet import Fleet
+from kvrelay.router.load import Pair
+from kvrelay.router.policies import Policy
+from kvrelay.router.request import Observer, RoutedRequest, Update, update_of
+from kvrelay.router.settings import RouterSettings
+from kvrelay.types import FinishReason, RequestId, TicketId, WorkerId
 from kvrelay.wire import (
     Abort,
     AttemptFailed,
@@ -33,61 +40,64 @@ MAX_DEATHS = 2  # of workers under one request, before it is taken for the cause
 
 
 class Router:
-    """Every request that is submitted ends with exactly one update that has a finish reason or an error."""
+    """Every request that `submit` takes ends with exactly one update that has a finish reason or an error.
+
+    A request waits in `queue` until a pair can take it; what workers hold is bounded by their slots and
+    blocks, so that the limit on `queue` bounds how long an accepted request waits for its first token.
+    """
 
     def __init__(
-        self, policy: Policy, send: Callable[[WorkerId, Message], None], deliver: Callable[[Update], None]
+        self,
+        policy: Policy,
+        send: Callable[[WorkerId, Message], None],
+        deliver: Callable[[Update], None],
+        settings: RouterSettings | None = None,
     ) -> None:
-        self._policy, self._send, self._deliver = policy, send, deliver
-        self.workers: dict[WorkerId, WorkerTotals] = {}
+        self.policy, self._send, self._deliver = policy, send, deliver
+        self.settings = settings or RouterSettings()
+        self.fleet = Fleet(self.settings)
+        self.queue = WaitingQueue(self.settings.max_queued_requests)
+        self.observer: Observer | None = None
         self.requests: dict[RequestId, RoutedRequest] = {}
-        self.num_ended = {"finished": 0, "aborted": 0, "failed": 0, "preempted": 0, "retried": 0}
-        self.num_prompt_tokens = 0
-        self.num_output_tokens = 0
-        self._first_arrival_s: float | None = None
-        self._last_delivery_s = 0.0
-        self._loads: dict[WorkerId, Load] = {}
+        self.counts = RunCounts()
         self._writers: dict[TicketId, tuple[WorkerId, WorkerId]] = {}
 
-    def add_worker(self, hello: Hello) -> None:
-        """A worker is ready for requests."""
-        self.workers[hello.worker_id] = WorkerTotals(hello)
-        self._loads[hello.worker_id] = Load(hello.worker_id)
+    @property
+    def workers(self) -> dict[WorkerId, WorkerTotals]:
+        """What each worker has done so far."""
+        return self.fleet.workers
 
-    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
-        """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
-        needed = num_blocks(max_total_tokens)
-        for role in ("prefill", "decode"):
-            pools = {load.worker_id: self._num_blocks(load.worker_id) for load in self._alive(role)}
-            if pools and max(pools.values()) < needed:
-                largest = max(pools, key=lambda worker_id: pools[worker_id])
-                raise PoolTooSmall(
-                    f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
-                    f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
-                    f"{largest} has {pools[largest]}"
-                )
+    def add_worker(self, hello: Hello, max_num_seqs: int = 64, chunk_tokens: int | None = 512) -> None:
+        """A worker is ready for requests."""
+        self.fleet.add(hello, max_num_seqs, chunk_tokens)
 
     def submit(self, request: RoutedRequest, now_s: float) -> None:
-        """Take a request; it ends through `deliver`, even when no worker is left."""
+        """Take a request; it ends through `deliver`, even when no worker is left.
+
+        Raises `Overloaded`, taking nothing, when no pair can start on it now and the queue is full.
+        """
+        if self.queue.first is not None or not self._may_begin(request, now_s):
+            self.queue.check_room(now_s)
+        if request.deadline_s is None and self.settings.queue_timeout_s is not None:
+            request.deadline_s = now_s + self.settings.queue_timeout_s
         self.requests[request.request_id] = request
-        self.num_prompt_tokens += request.num_prompt_tokens
-        self._first_arrival_s = now_s if self._first_arrival_s is None else self._first_arrival_s
+        self.counts.arrived(request, now_s)
         request.ledger.add("arrived", now_s)
-        self._dispatch(request, now_s)
+        self._enqueue(request, now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Give up what is past its deadline, and try again what waits. Call it every few milliseconds."""
+        for request, error in overdue(self.requests.values(), now_s):
+            self.fail(request.request_id, error, now_s)
+        self._pump(now_s)
 
     def finish(self, request_id: RequestId, reason: FinishReason, now_s: float) -> None:
         """End a request from outside: its owner lost interest, or found a stop string. Idempotent."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._cancel_attempt(request)
-            self._end(request, Update(request_id=request_id, finish_reason=reason, at_s=now_s))
+        self._stop(Update(request_id=request_id, finish_reason=reason, at_s=now_s))
 
     def fail(self, request_id: RequestId, error: KVRelayError, now_s: float) -> None:
         """End a request from outside with an error. Idempotent."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._cancel_attempt(request)
-            self._end(request, Update(request_id=request_id, error=error, at_s=now_s))
+        self._stop(Update(request_id=request_id, error=error, at_s=now_s))
 
     def on_message(self, message: Message, now_s: float) -> None:
         """A message from a worker. One about an attempt that is over changes nothing but the totals."""
@@ -97,13 +107,13 @@ class Router:
             case Heartbeat():
                 self.workers[message.worker_id].heartbeat = message
             case CacheChanged():
-                self._loads[message.worker_id].change_cached(message.added, message.removed)
+                self.fleet.loads[message.worker_id].change_cached(message.added, message.removed)
             case WriterGone():
                 self._on_writer_gone(message)
             case Reserved():
                 self._on_reserved(message, now_s)
             case Mark():
-                self._on_mark(message)
+                self._on_mark(message, now_s)
             case Preempted():
                 self._on_preempted(message, now_s)
             case AttemptFailed():
@@ -122,16 +132,10 @@ class Router:
                 request.num_deaths += 1
                 self._retry(request, error, now_s)
 
-    def window_s(self, now_s: float) -> float:
-        """Seconds from the first arrival to the last delivery, or to `now_s` while requests run."""
-        if self._first_arrival_s is None:
-            return 0.0
-        return (now_s if self.requests else self._last_delivery_s) - self._first_arrival_s
-
     def is_current(self, message: Mark | Reserved | Preempted | AttemptFailed | NewToken) -> bool:
         """Whether the message is about an attempt that is still going on."""
         request = self.requests.get(message.request_id)
-        return request is not None and request.attempt == message.attempt
+        return request is not None and request.decode is not None and request.attempt == message.attempt
 
     def has_work(self, worker_id: WorkerId) -> bool:
         """Whether any request is waiting for this worker."""
@@ -140,22 +144,21 @@ class Router:
         return owes_writer_gone or any(worker_id in (request.prefill, request.decode) for request in requests)
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
-        self.workers[step.worker_id].add(step)
+        self.fleet.add_step(step)
         for token in step.tokens:
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)
+        if step.tokens:
+            self._pump(now_s)
 
     def _on_token(self, request: RoutedRequest, token: NewToken, now_s: float) -> None:
         request.token_ids.append(token.token_id)
         request.ledger.token(now_s)
-        self.num_output_tokens += 1
-        update = Update(
-            request_id=request.request_id,
-            token_id=token.token_id,
-            logprobs=token.logprobs,
-            finish_reason=token.finish_reason,
-            at_s=now_s,
-        )
+        self.counts.num_output_tokens += 1
+        self.fleet.grow(request)
+        if self.observer is not None:
+            self.observer.on_token(request)
+        update = update_of(token, now_s)
         if token.finish_reason is None:
             self._deliver(update)
         else:
@@ -165,29 +168,35 @@ class Router:
         ticket = message.ticket
         if not self.is_current(message):
             if ticket is not None:  # nobody was told of it, so nobody will write
-                self._say(ticket.decode_worker, _gone(ticket.ticket_id, ticket.decode_worker))
+                self._say(
+                    ticket.decode_worker,
+                    WriterGone(ticket_id=ticket.ticket_id, decode_worker=ticket.decode_worker),
+                )
             return
         request = self.requests[message.request_id]
         request.ticket = ticket
+        if self.observer is not None:
+            self.observer.on_reserved(request, message.at_s - request.reserved_at_s)
         if ticket is None:
             return
         assert request.prefill is not None
-        request.is_dispatched = True
         self._writers[ticket.ticket_id] = (request.prefill, ticket.decode_worker)
         self._say(request.prefill, Prefill(request=request.spec(), ticket=ticket))
 
-    def _on_mark(self, message: Mark) -> None:
+    def _on_mark(self, message: Mark, now_s: float) -> None:
         if not self.is_current(message):
             return
         request = self.requests[message.request_id]
         request.ledger.add(message.event, message.at_s)
-        if message.event == "prefill_finished":
-            self._unload_prefill(request)
+        request.has_begun = True
+        if message.event in ("prefill_finished", "kv_committed"):
+            self.fleet.unload_prefill(request)
         if message.event == "kv_committed":
-            self._unload_prefill(request)
+            self.fleet.succeeded(request)
             request.is_committed = True
             if request.ticket is not None:
                 self._writers.pop(request.ticket.ticket_id, None)
+        self._pump(now_s)
 
     def _on_writer_gone(self, message: WriterGone) -> None:
         self._writers.pop(message.ticket_id, None)
@@ -195,11 +204,8 @@ class Router:
 
     def _on_preempted(self, message: Preempted, now_s: float) -> None:
         if self.is_current(message):
-            request = self.requests[message.request_id]
-            self.num_ended["preempted"] += 1
-            self._unload(request)
-            request.ledger.add("requeued", now_s)
-            self._dispatch(request, now_s)
+            self.counts.num_ended["preempted"] += 1
+            self._requeue(self.requests[message.request_id], now_s)
 
     def _on_attempt_failed(self, message: AttemptFailed, now_s: float) -> None:
         if not self.is_current(message):
@@ -207,6 +213,7 @@ class Router:
         request = self.requests[message.request_id]
         error = ERRORS.get(message.error, KVRelayError)(message.message)
         if message.retryable:
+            self.fleet.failed(request, now_s)
             self._retry(request, error, now_s)
         else:
             self.fail(request.request_id, error, now_s)
@@ -214,87 +221,76 @@ class Router:
     def _retry(self, request: RoutedRequest, error: KVRelayError, now_s: float) -> None:
         self._cancel_attempt(request)
         request.num_failures += 1
+        request.last_error = error
         if request.num_failures > MAX_FAILURES or request.num_deaths > MAX_DEATHS:
             error = type(error)(f"gave up after {request.num_failures} attempts; the last: {error}")
             self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
             return
-        self.num_ended["retried"] += 1
-        self._unload(request)
+        self.counts.num_ended["retried"] += 1
+        self._requeue(request, now_s)
+
+    def _requeue(self, request: RoutedRequest, now_s: float) -> None:
+        self.fleet.unload(request)
         request.ledger.add("requeued", now_s)
-        self._dispatch(request, now_s, error)
+        self._enqueue(request, now_s)
 
-    def _dispatch(self, request: RoutedRequest, now_s: float, cause: KVRelayError | None = None) -> None:
-        needed = num_blocks(request.max_total_tokens)
-        prefills = [load for load in self._alive("prefill") if self._num_blocks(load.worker_id) >= needed]
-        decodes = [load for load in self._alive("decode") if self._num_blocks(load.worker_id) >= needed]
-        if not prefills or not decodes:
-            error = cause or self._no_room("decode" if prefills else "prefill", request)
-            self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
-            return
-        decode = self._policy.decode(decodes)
-        prefill = self._policy.prefill(prefills)
-        if self.workers[decode].hello.role == "colocated":
-            prefill = decode
-        request.begin_attempt(prefill, decode)
-        self._loads[prefill].num_prefill_tokens += request.attempt_tokens
-        self._loads[decode].num_requests += 1
-        self._say(decode, Reserve(request=request.spec()))
+    def _enqueue(self, request: RoutedRequest, now_s: float) -> None:
+        self.queue.add(request)
+        self._pump(now_s)
 
-    def _no_room(self, role: str, request: RoutedRequest) -> KVRelayError:
-        try:
-            self.check_fits(request.num_prompt_tokens, request.max_total_tokens)
-        except PoolTooSmall as error:
-            return error
-        return WorkerFailed(f"no {role} worker is alive")
+    def _pump(self, now_s: float) -> None:
+        """Start what waits, in order, for as long as the first of the queue finds a pair or its end."""
+        while (request := self.queue.first) is not None:
+            reason = self.fleet.why_never(request)
+            pair = None if reason is not None else self._choose(request, now_s)
+            if reason is None and pair is None:
+                return
+            self.queue.remove(request)
+            if pair is not None:
+                self._begin(request, pair, now_s)
+            else:
+                error = request.last_error or reason
+                self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
 
-    def _num_blocks(self, worker_id: WorkerId) -> int:
-        return self.workers[worker_id].hello.descriptor.num_blocks
+    def _choose(self, request: RoutedRequest, now_s: float) -> Pair | None:
+        job = self.fleet.job(request)
+        pairs = self.fleet.pairs(request, job, now_s)
+        return self.policy.choose(job, pairs) if pairs else None
+
+    def _may_begin(self, request: RoutedRequest, now_s: float) -> bool:
+        has_an_end = self.fleet.why_never(request) is not None  # then there is nothing to wait for
+        return has_an_end or bool(self.fleet.pairs(request, self.fleet.job(request), now_s))
+
+    def _begin(self, request: RoutedRequest, pair: Pair, now_s: float) -> None:
+        self.fleet.take(request, pair, now_s)
+        self.queue.on_dispatched(now_s)
+        request.reserved_at_s = now_s
+        self._say(pair.decode.worker_id, Reserve(request=request.spec()))
+
+    def _stop(self, update: Update) -> None:
+        request = self.requests.get(update.request_id)
+        if request is not None:
+            self._cancel_attempt(request)
+            self._end(request, update)
+            self._pump(update.at_s)
 
     def _cancel_attempt(self, request: RoutedRequest) -> None:
         """Stop both sides. Decode keeps the ticket's blocks until the writer has said that it is gone."""
         abort = Abort(request_id=request.request_id, attempt=request.attempt)
         if request.decode is not None:
             self._say(request.decode, abort)
-        ticket = request.ticket
-        if ticket is None or request.is_committed or request.prefill is None:
-            return
-        if self.workers[request.prefill].is_alive:
-            self._say(
-                request.prefill,
-                Abort(request_id=request.request_id, attempt=request.attempt, ticket=ticket),
-            )
+        if request.ticket is not None and not request.is_committed and request.prefill is not None:
+            self._say(request.prefill, replace(abort, ticket=request.ticket))
 
     def _end(self, request: RoutedRequest, update: Update) -> None:
-        kind = "failed" if update.error else "aborted" if update.finish_reason == "abort" else "finished"
-        self.num_ended[kind] += 1
-        self._unload(request)
+        self.counts.ended(update)
+        self.queue.remove(request)
+        self.fleet.unload(request)
         del self.requests[request.request_id]
-        self._last_delivery_s = update.at_s
+        if self.observer is not None:
+            self.observer.on_end(request, update)
         self._deliver(update)
-
-    def _unload_prefill(self, request: RoutedRequest) -> None:
-        if request.prefill is not None and not request.is_prefilled:
-            request.is_prefilled = True
-            self._loads[request.prefill].num_prefill_tokens -= request.attempt_tokens
-
-    def _unload(self, request: RoutedRequest) -> None:
-        self._unload_prefill(request)
-        if request.decode is not None:
-            self._loads[request.decode].num_requests -= 1
-        request.prefill = request.decode = None
-
-    def _alive(self, phase: str) -> list[Load]:
-        roles = (phase, "colocated")
-        return [
-            self._loads[worker_id]
-            for worker_id, totals in self.workers.items()
-            if totals.is_alive and totals.hello.role in roles
-        ]
 
     def _say(self, worker_id: WorkerId, message: Message) -> None:
         if self.workers[worker_id].is_alive:
             self._send(worker_id, message)
-
-
-def _gone(ticket_id: TicketId, decode_worker: WorkerId) -> WriterGone:
-    return WriterGone(ticket_id=ticket_id, decode_worker=decode_worker)

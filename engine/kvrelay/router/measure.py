@@ -19,7 +19,8 @@ class Measurement:
 
     def __init__(self, config: EngineConfig, router: Router) -> None:
         self._config, self._router = config, router
-        self._power_model = None if config.power_model is None else parse_power_model(config.power_model)
+        powers = config.powers()
+        self._power_model = None if powers is None else parse_power_model(powers)
         self._reader: EnergyReader | None = None
         self._sampled_s = 0.0
 
@@ -76,21 +77,22 @@ class Measurement:
         router = self._router
         workers = list(router.workers.values())
         energy = self._energy()
-        window_s = router.window_s(now_s)
+        counts = router.counts
+        window_s = counts.window_s(now_s, is_running=bool(router.requests))
         transfer_s = sum(worker.busy_s["transfer"] for worker in workers)
         kv_bytes = sum(worker.kv_bytes for worker in workers)
         return Report(
             window_s=window_s,
-            num_requests={**router.num_ended, "running": len(router.requests)},
-            num_prompt_tokens=router.num_prompt_tokens,
-            num_output_tokens=router.num_output_tokens,
-            output_tokens_per_s=ratio(router.num_output_tokens, window_s),
+            num_requests={**counts.num_ended, "running": len(router.requests)},
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_output_tokens=counts.num_output_tokens,
+            output_tokens_per_s=ratio(counts.num_output_tokens, window_s),
             phases={phase: phase_report(phase, workers, energy.phase_j(phase)) for phase in PHASES},
             kv_bytes_moved=kv_bytes,
             kv_gb_per_s=ratio(kv_bytes / 1e9, transfer_s) if kv_bytes else None,
             total_j=energy.gross_j,
             idle_j=energy.idle_j,
-            output_tokens_per_joule=ratio(router.num_output_tokens, energy.gross_j),
+            output_tokens_per_joule=ratio(counts.num_output_tokens, energy.gross_j),
             energy_source=energy.source,
             energy_note=self._energy_note(energy),
             energy=energy.to_dict(),

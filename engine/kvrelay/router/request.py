@@ -1,6 +1,7 @@
 """One request as the router sees it, from arrival to its one end."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -15,6 +16,7 @@ from kvrelay.types import (
     TransferTicket,
     WorkerId,
 )
+from kvrelay.wire import NewToken
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,12 +30,24 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     at_s: float
 
 
+def update_of(token: NewToken, at_s: float) -> Update:
+    """What the owner is told of a token."""
+    return Update(
+        request_id=token.request_id,
+        token_id=token.token_id,
+        logprobs=token.logprobs,
+        finish_reason=token.finish_reason,
+        at_s=at_s,
+    )
+
+
 @dataclass(slots=True, eq=False)
 class RoutedRequest:
     """The router's record; `token_ids` is the prompt and every token delivered so far.
 
     An attempt is one pass through one pair of workers. `ticket` is set from `Reserved` to the KV's arrival,
-    `is_dispatched` once prefill may write, `is_committed` once decode has the KV.
+    `is_committed` once decode has the KV. A request that has not
+    begun (no worker has computed anything for it) by `deadline_s` is given up.
     """
 
     request_id: RequestId
@@ -51,9 +65,20 @@ class RoutedRequest:
     prefill: WorkerId | None = None
     decode: WorkerId | None = None
     ticket: TransferTicket | None = None
-    is_dispatched: bool = False
     is_prefilled: bool = False
     is_committed: bool = False
+    deadline_s: float | None = None
+    has_begun: bool = False
+    last_error: KVRelayError | None = None
+    avoid: WorkerId | None = None  # the next attempt goes elsewhere, if there is an elsewhere
+    reserved_at_s: float = 0.0  # when decode was asked for blocks
+    num_blocks_held: int = 0  # decode blocks that the router counts for it
+    pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens whose KV the next attempt computes: all but the last."""
+        return len(self.token_ids) - 1
 
     def spec(self) -> RequestSpec:
         """What workers are told of the current attempt."""
@@ -73,4 +98,17 @@ class RoutedRequest:
         self.attempt += 1
         self.attempt_tokens = len(self.token_ids)
         self.prefill, self.decode, self.ticket = prefill, decode, None
-        self.is_dispatched = self.is_prefilled = self.is_committed = False
+        self.is_prefilled = self.is_committed = False
+
+
+class Observer(Protocol):
+    """Who is told what becomes of requests, where it happens."""
+
+    def on_reserved(self, request: RoutedRequest, waited_s: float) -> None:
+        """Decode answered a reservation."""
+
+    def on_token(self, request: RoutedRequest) -> None:
+        """A token was delivered: the last of `request.ledger.token_times_s`."""
+
+    def on_end(self, request: RoutedRequest, update: Update) -> None:
+        """The request ended with this update."""

@@ -20,6 +20,7 @@ from kvrelay.router.core import Router
 from kvrelay.router.measure import Measurement
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import Update
+from kvrelay.router.settings import RouterSettings
 from kvrelay.types import WorkerId
 from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Connect, Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
@@ -54,7 +55,7 @@ class Runtime:
         on_update: Callable[[Update], None],
     ) -> None:
         self._config, self._watch = config, watch
-        self.router = Router(open_policy(config.policy), self._send, on_update)
+        self.router = Router(open_policy(config.policy), self._send, on_update, _settings(config))
         self.measurement = Measurement(config, self.router)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -145,7 +146,9 @@ class Runtime:
         self._receive()
         for worker_id, reason in self._watch.dead():
             self._on_dead(worker_id, reason)
-        self._check_silence(time.monotonic())
+        now_s = time.monotonic()
+        self._check_silence(now_s)
+        self.router.tick(now_s)
 
     def _receive(self, timeout_s: float = 0.0) -> None:
         """Handle what has arrived; with a time-out, also what still arrives until then."""
@@ -182,7 +185,8 @@ class Runtime:
                 self.router.on_message(message, now_s)
 
     def _on_hello(self, hello: Hello) -> None:
-        self.router.add_worker(hello)
+        own = self._config.of_worker(hello.worker_id)
+        self.router.add_worker(hello, own.max_num_seqs, own.prefill_chunk_tokens)
         self._waiting_for.discard(hello.worker_id)
         if self._waiting_for:
             return
@@ -255,3 +259,13 @@ class Runtime:
 
     def _send(self, worker_id: WorkerId, message: Message) -> None:
         self._socket.send_multipart([worker_id.encode(), wire.encode(message)])
+
+
+def _settings(config: EngineConfig) -> RouterSettings:
+    return RouterSettings(
+        max_queued_requests=config.max_queued_requests,
+        queue_timeout_s=config.queue_timeout_s,
+        slo_ttft_s=config.slo_ttft_s,
+        slo_itl_s=config.slo_itl_s,
+        local_prefill_tokens=config.local_prefill_tokens or 0,
+    )

@@ -1,0 +1,177 @@
+"""The workers as the router sees them: who is alive, what each owes, and which pairs can take a request now.
+
+Pure: keeps books, decides nothing and sends nothing.
+"""
+
+from collections.abc import Sequence
+
+from kvrelay.cache.prefix import block_hashes
+from kvrelay.errors import KVRelayError, PoolTooSmall, WorkerFailed
+from kvrelay.metrics import WorkerTotals
+from kvrelay.router.load import Job, Load, Pair
+from kvrelay.router.request import RoutedRequest
+from kvrelay.router.settings import RouterSettings
+from kvrelay.types import Phase, WorkerId, num_blocks
+from kvrelay.wire import Hello, StepReport
+
+
+class Fleet:
+    """Workers, and the loads that requests put on them.
+
+    Prompts of which a decode worker has all but `local_prefill_tokens` tokens are computed there; 0: never.
+    """
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self.local_prefill_tokens = settings.local_prefill_tokens
+        self.workers: dict[WorkerId, WorkerTotals] = {}
+        self.loads: dict[WorkerId, Load] = {}
+
+    def add(self, hello: Hello, max_num_seqs: int, chunk_tokens: int | None) -> None:
+        """A worker is ready. `chunk_tokens` is its prefill budget, None when it computes prompts whole."""
+        self.workers[hello.worker_id] = WorkerTotals(hello)
+        self.loads[hello.worker_id] = Load(
+            hello.worker_id,
+            role=hello.role,
+            num_blocks=hello.descriptor.num_blocks,
+            max_num_seqs=max_num_seqs,
+            chunk_tokens=chunk_tokens or 0,
+        )
+
+    def alive(self, phase: Phase) -> list[Load]:
+        """Living workers of a phase's role."""
+        roles = (phase, "colocated")
+        return [
+            load
+            for worker_id, load in self.loads.items()
+            if load.role in roles and self.workers[worker_id].is_alive
+        ]
+
+    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
+        """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
+        needed = num_blocks(max_total_tokens)
+        for phase in ("prefill", "decode"):
+            largest = max(self.alive(phase), key=lambda load: load.num_blocks, default=None)
+            if largest is not None and largest.num_blocks < needed:
+                raise PoolTooSmall(
+                    f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
+                    f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
+                    f"{largest.worker_id} has {largest.num_blocks}"
+                )
+
+    def why_never(self, request: RoutedRequest) -> KVRelayError | None:
+        """Why no living workers could ever serve the request; None when some could."""
+        needed = num_blocks(request.max_total_tokens)
+        for phase in ("prefill", "decode"):
+            alive = self.alive(phase)
+            if not any(load.num_blocks >= needed for load in alive):
+                try:
+                    self.check_fits(request.num_prompt_tokens, request.max_total_tokens)
+                except PoolTooSmall as error:
+                    return error
+                return WorkerFailed(f"no {phase} worker is alive")
+        return None
+
+    def job(self, request: RoutedRequest) -> Job:
+        """The request as policies see it."""
+        hashes: Sequence[bytes] = ()
+        if any(load.cached for load in self.loads.values()):
+            layout = next(iter(self.workers.values())).hello.descriptor.layout
+            hashes = block_hashes(request.token_ids, layout.fingerprint(), request.params.cache_salt)
+        return Job(
+            num_tokens=request.num_prefill_tokens,
+            max_new_tokens=request.max_total_tokens - len(request.token_ids),
+            block_hashes=hashes,
+            slo_ttft_s=self._settings.slo_ttft_s,
+            slo_itl_s=self._settings.slo_itl_s,
+        )
+
+    def pairs(self, request: RoutedRequest, job: Job, now_s: float) -> list[Pair]:
+        """Pairs that can take the request now; without workers whose breaker is open, if others remain."""
+        needed = num_blocks(request.max_total_tokens)
+        large = [load for load in self.loads.values() if load.num_blocks >= needed]
+        prefills = _usable([load for load in self.alive("prefill") if load in large], request, now_s)
+        decodes = _usable([load for load in self.alive("decode") if load in large], request, now_s)
+        found: list[Pair] = []
+        for decode in decodes:
+            num_cached = decode.num_cached_tokens(job.block_hashes)
+            if not decode.can_decode(num_blocks(len(request.token_ids)) - num_blocks(num_cached)):
+                continue
+            if decode.role == "colocated" or self._stays_local(decode, job.num_tokens, num_cached):
+                found += [Pair(decode, decode)] if decode.can_prefill() else []
+            else:
+                found += [
+                    Pair(load, decode) for load in prefills if load.can_prefill() and load is not decode
+                ]
+        return found
+
+    def take(self, request: RoutedRequest, pair: Pair, now_s: float) -> None:
+        """Count a new attempt of the request on this pair."""
+        request.begin_attempt(pair.prefill.worker_id, pair.decode.worker_id)
+        pair.prefill.num_prefill_tokens += request.attempt_tokens
+        pair.prefill.num_prompts += 1
+        pair.decode.num_requests += 1
+        request.num_blocks_held = num_blocks(len(request.token_ids))
+        pair.decode.num_used_blocks += request.num_blocks_held
+        for load in {pair.prefill.worker_id: pair.prefill, pair.decode.worker_id: pair.decode}.values():
+            load.breaker.on_sent(now_s)
+
+    def grow(self, request: RoutedRequest) -> None:
+        """A token was delivered: the request may have grown by a block."""
+        added = num_blocks(len(request.token_ids)) - request.num_blocks_held
+        if added and request.decode is not None:
+            request.num_blocks_held += added
+            self.loads[request.decode].num_used_blocks += added
+
+    def unload_prefill(self, request: RoutedRequest) -> None:
+        """The prompt no longer waits on its prefill worker. Idempotent."""
+        if request.prefill is not None and not request.is_prefilled:
+            request.is_prefilled = True
+            load = self.loads[request.prefill]
+            load.num_prefill_tokens -= request.attempt_tokens
+            load.num_prompts -= 1
+
+    def unload(self, request: RoutedRequest) -> None:
+        """The attempt is over. Idempotent."""
+        self.unload_prefill(request)
+        for worker_id in {request.prefill, request.decode} - {None}:
+            self.loads[worker_id].breaker.on_withdrawn()  # type: ignore[index]
+        if request.decode is not None:
+            load = self.loads[request.decode]
+            load.num_requests -= 1
+            load.num_used_blocks -= request.num_blocks_held
+        request.prefill = request.decode = None
+        request.num_blocks_held = 0
+
+    def succeeded(self, request: RoutedRequest) -> None:
+        """The attempt got through both workers."""
+        request.avoid = None
+        for worker_id in (request.prefill, request.decode):
+            if worker_id is not None:
+                self.loads[worker_id].breaker.on_success()
+
+    def failed(self, request: RoutedRequest, now_s: float) -> None:
+        """The attempt failed in one of the two; the next avoids one of them, so that it tells which."""
+        request.avoid = request.decode if request.num_failures % 2 else request.prefill
+        for worker_id in dict.fromkeys((request.prefill, request.decode)):
+            if worker_id is not None:
+                self.loads[worker_id].breaker.on_failure(now_s)
+
+    def add_step(self, step: StepReport) -> None:
+        """A worker reported an engine step."""
+        self.workers[step.worker_id].add(step)
+        load, seconds = self.loads[step.worker_id], step.end_s - step.start_s
+        if step.phase == "prefill":
+            load.add_prefill(sum(step.num_tokens.values()), seconds)
+        elif step.phase == "decode" and step.num_tokens:
+            load.decode_speed.add(len(step.num_tokens), seconds)
+
+    def _stays_local(self, decode: Load, num_tokens: int, num_cached: int) -> bool:
+        return num_tokens == 0 or 0 < num_tokens - num_cached <= self.local_prefill_tokens
+
+
+def _usable(loads: list[Load], request: RoutedRequest, now_s: float) -> list[Load]:
+    """Those that are not draining; of these, where that leaves any, those that seem sound to this request."""
+    settled = [load for load in loads if not load.is_draining]
+    sound = [load for load in settled if load.breaker.allows(now_s)] or settled
+    return [load for load in sound if load.worker_id != request.avoid] or sound
