@@ -9,6 +9,7 @@ from kvrelay.energy import RequestEnergy
 from kvrelay.llm import LLM, AsyncLLM, RequestsFailed
 from kvrelay.metrics import Report, Timings
 from kvrelay.outputs import RequestOutput, StreamEvent
+from kvrelay.sparse import SparseAttention
 from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "RequestOutput",
     "RequestsFailed",
     "SamplingParams",
+    "SparseAttention",
     "StreamEvent",
     "Timings",
     "__version__",

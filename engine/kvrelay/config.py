@@ -11,11 +11,11 @@ from typing import Any, Literal
 import msgspec
 
 from kvrelay.errors import InvalidConfig, UnknownName
+from kvrelay.sparse import SparseAttention, check_whole_groups, sparse_settings
 from kvrelay.types import BLOCK_SIZE, Role, WorkerId
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION = ("dense",)
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
 SECONDS = ("lease_s", "worker_timeout_s", "start_timeout_s", "queue_timeout_s", "slo_ttft_s", "slo_itl_s")
@@ -102,7 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     transport: str = "shm"
     device: str = "auto"
     dtype: str = "auto"
-    attention: str = "dense"
+    attention: str | SparseAttention = "dense"
     policy: str = "least_loaded"
     max_model_len: int | None = None
     num_kv_blocks: int | None = None
@@ -131,7 +131,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _check_choice("mode", self.mode, MODES)
         _check_choice("device", self.device.split(":")[0], DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("attention", self.attention, ATTENTION)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker"):
             _check_at_least(field, getattr(self, field), 1)
@@ -142,6 +141,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for field, least in LEAST:
             _check_at_least(field, getattr(self, field), least)
         _check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
+        chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
+        if self.sparse() is not None:
+            check_whole_groups(chunks)
         if self.workers is not None:
             _check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
 
@@ -160,6 +162,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             what, _, path = str(error).partition(" - at `$.")
             field = path.rstrip("`")
             raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+
+    def sparse(self) -> SparseAttention | None:
+        """Settings of sparse attention; None is dense."""
+        return sparse_settings(self.attention)
 
     def roles(self) -> list[tuple[WorkerId, Role]]:
         """The workers to start, `prefill-0, …, decode-0, …` or `colocated-0, …`, or those listed."""

@@ -24,6 +24,7 @@ from kvrelay.outputs import Detokenizer, OutputStream, StreamEvent
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
+from kvrelay.sparse import SparseAttention, sparse_settings
 from kvrelay.transport import parse_transport
 from kvrelay.types import FinishReason, RequestId, SamplingParams
 
@@ -56,6 +57,7 @@ class Engine:
         self.spec = ModelSpec.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory)
         self.max_model_len = _max_model_len(config, self.spec)
+        _check_layers(config.sparse(), self.spec)
         self._streams: dict[RequestId, OutputStream] = {}
         self._arrivals = itertools.count()
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class Engine:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         _check_tokens(token_ids, self.spec.vocab_size)
         _check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
+        self._check_attention(params)
         if len(token_ids) >= self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {len(token_ids)} tokens; max_model_len={self.max_model_len} "
@@ -138,6 +141,20 @@ class Engine:
         leaked = self._runtime.close()
         self._workers.close(CLOSE_TIMEOUT_S)
         return {str(worker_id): count for worker_id, count in leaked.items()}
+
+    def _check_attention(self, params: SamplingParams) -> None:
+        if params.attention is None:
+            return
+        chosen = sparse_settings(params.attention)
+        if chosen is not None and self.config.sparse() is None:
+            raise InvalidRequest(
+                "attention: the engine was started with attention='dense' and keeps no block statistics; "
+                "start it with 'auto' or 'sparse'"
+            )
+        try:
+            _check_layers(chosen, self.spec)
+        except InvalidConfig as error:
+            raise InvalidRequest(str(error)) from None
 
     def _begin(self, stream: OutputStream, arrived_s: float) -> None:
         self._streams[stream.request.request_id] = stream
@@ -201,6 +218,12 @@ def _check_names(config: EngineConfig) -> None:
         parse_power_model(powers)
     if config.policy == "energy_aware" and config.meter == "none":
         raise InvalidConfig("policy='energy_aware' needs joules; meter='none' measures none")
+
+
+def _check_layers(sparse: SparseAttention | None, spec: ModelSpec) -> None:
+    too_high = [] if sparse is None else [n for n in sparse.dense_layers if n >= spec.num_layers]
+    if too_high:
+        raise InvalidConfig(f"dense_layers={too_high[0]}: the model has layers 0 to {spec.num_layers - 1}")
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

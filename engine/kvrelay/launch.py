@@ -3,6 +3,7 @@
 Knows exit codes and logs. Knows nothing about requests.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -141,8 +142,8 @@ def make_run_directory() -> str:
 
 
 def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    source_root = str(Path(__file__).resolve().parent.parent)
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), source_root]
+    source_roots = [str(Path(__file__).resolve().parent.parent), *_kernel_roots()]
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *source_roots]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "kvrelay.worker"],
         stdin=subprocess.PIPE,
@@ -155,6 +156,12 @@ def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
     process.stdin.write(msgspec.json.encode(config) + b"\n")
     process.stdin.flush()
     return process
+
+
+def _kernel_roots() -> list[str]:
+    """Where the kernel library lies, found without importing it (it imports torch)."""
+    found = importlib.util.find_spec("kvrelay_kernels")
+    return [str(Path(found.origin).resolve().parent.parent)] if found and found.origin else []
 
 
 def _reason(returncode: int, log: Path) -> str:

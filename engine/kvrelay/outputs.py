@@ -13,13 +13,15 @@ from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Timings
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.router.request import RoutedRequest, Update
+from kvrelay.sparse import AttentionUse
 from kvrelay.types import FinishReason, RequestId, TokenLogprobs
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One finished request. `text` ends before a stop string; `token_ids` holds every generated token.
 
-    `energy` is what the meter had seen by then; its parts are None where nobody measured."""
+    `energy` is what the meter had seen by then; its parts are None where nobody measured. `attention` says
+    what the request's queries read, by phase; it is empty where the engine is dense."""
 
     request_id: RequestId
     prompt: str | None
@@ -30,6 +32,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprobs] | None
     timings: Timings
     energy: RequestEnergy
+    attention: dict[str, AttentionUse] = {}
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +98,7 @@ class OutputStream:
             logprobs=None if request.params.logprobs is None else self.logprobs,
             timings=request.ledger.timings(end_s),
             energy=self.energy(request.request_id),
+            attention=dict(request.attention),
         )
 
 

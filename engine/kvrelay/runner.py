@@ -5,6 +5,7 @@ Knows sequences, pages and logits. Knows nothing about queues, sockets or time.
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 
 from kvrelay.attention import PagedAttention, Span
@@ -13,18 +14,37 @@ from kvrelay.models.decoder import Decoder
 from kvrelay.sampler import Row, Sampled, sample
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
+from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
+from kvrelay.types import RequestSpec
 
 
 class Runner:
-    """Runs prefill chunks and decode batches of one model over one store."""
+    """Runs prefill chunks and decode batches of one model over one store.
 
-    def __init__(self, decoder: Decoder, store: KVStore, eos_token_ids: frozenset[int]) -> None:
+    `sparse` is what requests without settings of their own get, its `dense_below_tokens` measured; None is
+    dense. `attention` says what the last forward pass read, span by span; empty without `sparse`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: KVStore,
+        eos_token_ids: frozenset[int],
+        sparse: SparseAttention | None = None,
+    ) -> None:
         self.decoder, self.store, self.eos_token_ids = decoder, store, eos_token_ids
+        self.sparse = sparse
+        self.attention: list[AttentionUse] = []
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> None:
         """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer."""
-        spans = [Span(chunk.start, chunk.length, chunk.job.block_ids) for chunk in chunks]
+        spans = []
+        for chunk in chunks:
+            request = chunk.job.request
+            prompt_end = request.num_prompt_tokens - 1  # from here on decode computed, the first time
+            sparse = self.sparse_of(request)
+            spans.append(Span(chunk.start, chunk.length, chunk.job.block_ids, sparse, prompt_end))
         tokens = [
             token
             for chunk in chunks
@@ -35,9 +55,29 @@ class Runner:
     @torch.inference_mode()
     def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:
         """One more token for each sequence, None where its logits are not finite; stores its K and V."""
-        spans = [Span(sequence.num_cached, 1, sequence.block_ids) for sequence in batch]
+        spans = [
+            Span(sequence.num_cached, 1, sequence.block_ids, self.sparse_of(sequence.request))
+            for sequence in batch
+        ]
         hidden = self._forward([sequence.token_ids[-1] for sequence in batch], spans, None)
         return sample(self.decoder.logits(hidden), [self._row(sequence) for sequence in batch])
+
+    def sparse_of(self, request: RequestSpec) -> SparseAttention | None:
+        """The request's settings, or the engine's; `"auto"` in a request is what the engine measured."""
+        asked = request.params.attention
+        if self.sparse is None or asked is None:
+            return self.sparse
+        chosen = sparse_settings(asked)
+        if chosen is not None and chosen.dense_below_tokens == "auto":
+            chosen = msgspec.structs.replace(chosen, dense_below_tokens=self.sparse.dense_below_tokens)
+        return chosen
+
+    def attention_by(self, requests: Sequence[RequestSpec]) -> dict[str, AttentionUse]:
+        """What the last forward pass read, by request id; `requests` are those of its spans, in order."""
+        uses: dict[str, AttentionUse] = {}
+        for request, use in zip(requests, self.attention, strict=False):
+            uses[request.request_id] = uses.get(request.request_id, AttentionUse()) + use
+        return uses
 
     def copy_fence(self) -> Callable[[], None] | None:
         """A wait for what has been launched so far, for the thread that copies it; None when all is done."""
@@ -53,7 +93,9 @@ class Runner:
         device = self.store.device
         positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
         attend = PagedAttention(self.store, spans, after_layer)
-        return self.decoder.forward(torch.tensor(tokens, device=device), positions.to(device), attend)
+        hidden = self.decoder.forward(torch.tensor(tokens, device=device), positions.to(device), attend)
+        self.attention = attend.uses() if self.sparse is not None else []
+        return hidden
 
     def _row(self, sequence: DecodeSequence) -> Row:
         request = sequence.request

@@ -10,7 +10,8 @@ from typing import Literal, NewType
 
 import msgspec
 
-from kvrelay.errors import InvalidRequest
+from kvrelay.errors import InvalidConfig, InvalidRequest
+from kvrelay.sparse import SparseAttention, sparse_settings
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -45,7 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     without one, the engine draws a seed. `logprobs=k` returns the chosen token's and the k most likely
     tokens' log-probabilities, after penalties and before temperature. Requests of a lower `priority` are
     served first, those of equal priority in order of arrival. KV is reused only between requests of equal
-    `cache_salt` (a tenant's secret, say); None shares with all that have none.
+    `cache_salt` (a tenant's secret, say); None shares with all that have none. `attention` replaces the
+    engine's for this request, where the engine was not started dense.
 
     Raises `InvalidRequest`, naming the field, when a value is out of range.
     """
@@ -66,9 +68,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    attention: str | SparseAttention | None = None
 
     def __post_init__(self) -> None:
         _check_kinds(self)
+        _check_attention(self.attention)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -108,6 +112,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"None or 1 to {MAX_SALT_CHARACTERS} characters",
             ),
         }
+
+
+def _check_attention(attention: object) -> None:
+    if attention is None:
+        return
+    if not isinstance(attention, str | SparseAttention):
+        raise InvalidRequest(f"attention={attention!r}: expected a name or SparseAttention(...)")
+    try:
+        sparse_settings(attention)
+    except InvalidConfig as error:
+        raise InvalidRequest(str(error)) from None
 
 
 def _is_integer(value: object) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from kvrelay.errors import ProtocolError
+from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     FinishReason,
     KVLayout,
@@ -152,7 +153,8 @@ class StepReport(Message, frozen=True, kw_only=True):
     """What one engine step did: one phase, its time, and the tokens each request got from it.
 
     For the transfer phase `moved_bytes` says what was copied for whom, and a token counts once its last
-    layer has left. `end_s - start_s` is time at work: gaps between writes are left out.
+    layer has left. `end_s - start_s` is time at work: gaps between writes are left out. `attention` says
+    what each request's queries read, where the engine is not dense.
     """
 
     worker_id: WorkerId
@@ -163,6 +165,7 @@ class StepReport(Message, frozen=True, kw_only=True):
     num_tokens: dict[str, int]
     tokens: tuple[NewToken, ...] = ()
     moved_bytes: dict[str, int] = {}
+    attention: dict[str, AttentionUse] = {}
 
 
 class Preempted(Message, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import pytest
 ENGINE = Path(__file__).resolve().parents[2] / "engine" / "kvrelay"
 LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its own row and those above it
     ("version", "errors", "wakeup"),
+    ("sparse",),
     ("types",),
     ("config",),
     ("wire", "energy", "cache", "models"),
@@ -26,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("__init__", "__main__"),
 )
 TORCH_FREE = [
-    *("types", "errors", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
+    *("types", "errors", "sparse", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
     *("cache.tickets", "cache.prefix", "scheduler", "router", "transport", "models.spec", "models.hub"),
     *("models.tokenizer", "outputs", "launch", "engine", "llm", "cli", "__init__"),
 ]

@@ -10,6 +10,7 @@ import torch
 
 from kvrelay.errors import TransportError
 from kvrelay.types import KVLayout
+from kvrelay_kernels import KVBlockStats, PagedKV, update_kv_block_stats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,9 +21,20 @@ class KVStore:
     `landing` is the host memory that peers write into, of the same shape. On a CPU worker it is the pages
     themselves, so a transfer ends where attention reads. On a device it is a staging copy, and `land` moves
     a request's blocks over once they are complete.
+
+    With `keeps_stats`, statistics of every block's keys lie beside the pages, under the same ids: written
+    when a block is full, they move, are shared and are freed with it. They add 4 % to a block's bytes.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, buffer: memoryview, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        buffer: memoryview,
+        device: torch.device,
+        *,
+        keeps_stats: bool = False,
+    ) -> None:
         self.layout, self.num_blocks, self.device = layout, num_blocks, device
         self.landing = view_pages(layout, num_blocks, buffer)
         self.pages = self.landing
@@ -30,10 +42,44 @@ class KVStore:
             pin(self.landing)
         if device.type != "cpu":
             self.pages = torch.zeros_like(self.landing, device=device)
+        layers = range(layout.num_layers if keeps_stats else 0)
+        self._stats = [KVBlockStats.empty(self.pages[layer, 0]) for layer in layers]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pages of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each."""
         return self.pages[index, 0], self.pages[index, 1]
+
+    @property
+    def keeps_stats(self) -> bool:
+        """Whether block statistics are kept, without which nothing can be selected."""
+        return bool(self._stats)
+
+    def stats(self, layer: int) -> KVBlockStats | None:
+        """Statistics of one layer's keys, block by block; None where none are kept."""
+        return self._stats[layer] if self._stats else None
+
+    def update_stats(self, layer: int, appended: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        """Write the statistics of the blocks that were just filled.
+
+        appended: of each sequence its block ids, its tokens now, and how many of them are new.
+        """
+        width = max(len(block_ids) for block_ids, _, _ in appended)
+        table = [[*block_ids, *[0] * (width - len(block_ids))] for block_ids, _, _ in appended]
+        lengths, new = ([row[index] for row in appended] for index in (1, 2))
+        table_, lengths_, new_ = (
+            torch.tensor(numbers, dtype=torch.int32, device=self.device) for numbers in (table, lengths, new)
+        )
+        k_pages, v_pages = self.layer(layer)
+        kv = PagedKV(k_pages=k_pages, v_pages=v_pages, block_table=table_, seq_lens=lengths_)
+        update_kv_block_stats(self._stats[layer], kv, new_)
+
+    def refresh_stats(self, block_ids: Sequence[int], num_tokens: int) -> None:
+        """Statistics from the keys themselves, for blocks whose bytes came from elsewhere.
+
+        `block_ids` hold a sequence's first `num_tokens` tokens in order. Reads each key once.
+        """
+        for layer in range(len(self._stats)):
+            self.update_stats(layer, [(block_ids, num_tokens, num_tokens)])
 
     def land(self, block_ids: Sequence[int]) -> None:
         """Make the landed bytes of these blocks visible in `pages`."""

@@ -145,6 +145,10 @@ class Router:
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
         self.fleet.add_step(step)
+        for request_id, use in step.attention.items():
+            request = self.requests.get(RequestId(request_id))
+            if request is not None:
+                request.add_attention(step.phase, use)
         for token in step.tokens:
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)

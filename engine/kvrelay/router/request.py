@@ -7,8 +7,10 @@ import msgspec
 
 from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Ledger
+from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     FinishReason,
+    Phase,
     RequestId,
     RequestSpec,
     SamplingParams,
@@ -47,7 +49,8 @@ class RoutedRequest:
 
     An attempt is one pass through one pair of workers. `ticket` is set from `Reserved` to the KV's arrival,
     `is_committed` once decode has the KV. A request that has not
-    begun (no worker has computed anything for it) by `deadline_s` is given up.
+    begun (no worker has computed anything for it) by `deadline_s` is given up. `attention` is, by phase, what
+    all attempts together have read.
     """
 
     request_id: RequestId
@@ -74,11 +77,16 @@ class RoutedRequest:
     reserved_at_s: float = 0.0  # when decode was asked for blocks
     num_blocks_held: int = 0  # decode blocks that the router counts for it
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
+    attention: dict[str, AttentionUse] = field(default_factory=dict)
 
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens whose KV the next attempt computes: all but the last."""
         return len(self.token_ids) - 1
+
+    def add_attention(self, phase: Phase, use: AttentionUse) -> None:
+        """Count what a step's queries read."""
+        self.attention[phase] = self.attention.get(phase, AttentionUse()) + use
 
     def spec(self) -> RequestSpec:
         """What workers are told of the current attempt."""

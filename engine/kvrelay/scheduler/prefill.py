@@ -55,10 +55,10 @@ class Chunk:
 
 
 class PrefillScheduler:
-    """Waiting and running prefill jobs of one worker."""
+    """Waiting and running prefill jobs of one worker; chunks are cut at multiples of `unit_tokens`."""
 
-    def __init__(self, pool: BlockPool, chunk_tokens: int | None) -> None:
-        self._pool, self._chunk_tokens = pool, chunk_tokens
+    def __init__(self, pool: BlockPool, chunk_tokens: int | None, unit_tokens: int = BLOCK_SIZE) -> None:
+        self._pool, self._chunk_tokens, self._unit_tokens = pool, chunk_tokens, unit_tokens
         self._jobs: dict[TicketId, PrefillJob] = {}
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class PrefillScheduler:
             length = job.num_tokens - job.num_computed
             if budget is not None:
                 length = min(length, budget)
-                budget = (budget - length) // BLOCK_SIZE * BLOCK_SIZE
+                budget = (budget - length) // self._unit_tokens * self._unit_tokens
             chunks.append(Chunk(job, job.num_computed, length))
             if self._chunk_tokens is None:
                 break

@@ -110,7 +110,7 @@ class DecodeSide:
                 self._fail_unsound(sequence)
             else:
                 tokens.append(self._append(sequence, *result))
-        self._report(tokens, start_s, end_s, time.process_time() - cpu_s)
+        self._report(batch, tokens, start_s, end_s, time.process_time() - cpu_s)
         return True
 
     def close(self) -> int:
@@ -130,6 +130,7 @@ class DecodeSide:
             self.tickets.writer_gone(ticket.ticket_id)  # it has said that it is done writing
             return
         self._parts.store.land(ticket.block_ids)
+        self._parts.store.refresh_stats(ticket.block_ids, ticket.num_tokens)
         self.commit_local(ticket.ticket_id)
 
     def _defect(self, ticket: TransferTicket, message: Filled) -> str:
@@ -181,7 +182,14 @@ class DecodeSide:
             finish_reason=reason,
         )
 
-    def _report(self, tokens: Sequence[NewToken], start_s: float, end_s: float, cpu_s: float) -> None:
+    def _report(
+        self,
+        batch: Sequence[DecodeSequence],
+        tokens: Sequence[NewToken],
+        start_s: float,
+        end_s: float,
+        cpu_s: float,
+    ) -> None:
         self._parts.send(
             StepReport(
                 worker_id=self._parts.config.worker_id,
@@ -191,5 +199,6 @@ class DecodeSide:
                 cpu_s=cpu_s,
                 num_tokens={token.request_id: 1 for token in tokens},
                 tokens=tuple(tokens),
+                attention=self._parts.runner.attention_by([sequence.request for sequence in batch]),
             )
         )

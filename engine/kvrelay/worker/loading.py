@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from kvrelay.attention.crossover import measured
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.store import DTYPES, KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
@@ -51,7 +52,9 @@ def load_parts(
     site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
     transport = open_transport(config.engine.transport, site)
     try:
-        store = KVStore(layout, count, transport.allocate(count * layout.block_bytes), device)
+        buffer = transport.allocate(count * layout.block_bytes)
+        sparse = config.engine.sparse()
+        store = KVStore(layout, count, buffer, device, keeps_stats=sparse is not None)
         descriptor = transport.register(store)
     except BaseException:
         transport.close()
@@ -60,7 +63,9 @@ def load_parts(
         config=config,
         pool=BlockPool(count),
         store=store,
-        runner=Runner(decoder, store, frozenset(spec.eos_token_ids)),
+        runner=Runner(
+            decoder, store, frozenset(spec.eos_token_ids), measured(sparse, spec.num_q_heads, store)
+        ),
         transport=transport,
         send=send,
     )

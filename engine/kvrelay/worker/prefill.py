@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvrelay.errors import TransferFailed, TransportError
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
+from kvrelay.sparse import GROUP_TOKENS
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import BLOCK_SIZE, TransferTicket
 from kvrelay.wire import Abort, Filled, Filling, Prefill, StepReport, WriterGone
@@ -18,7 +19,8 @@ class PrefillSide:
 
     def __init__(self, parts: WorkerParts, decode: DecodeSide) -> None:
         self._parts, self._decode = parts, decode
-        self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens)
+        unit_tokens = BLOCK_SIZE if parts.runner.sparse is None else GROUP_TOKENS
+        self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens, unit_tokens)
         self._next_renewal_s = 0.0
 
     def __len__(self) -> int:
@@ -214,5 +216,6 @@ class PrefillSide:
                 end_s=end_s,
                 cpu_s=cpu_s,
                 num_tokens={chunk.job.request.request_id: chunk.length for chunk in chunks},
+                attention=self._parts.runner.attention_by([chunk.job.request for chunk in chunks]),
             )
         )

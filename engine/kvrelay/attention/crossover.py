@@ -1,0 +1,109 @@
+"""From which position on selection pays on this machine: measured once, remembered beside the models.
+
+Knows shapes and times. The file is shared by every worker, so that all of them cut at the same position.
+"""
+
+import fcntl
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import torch
+
+from kvrelay.attention.call import Call
+from kvrelay.attention.spans import Span, runs_of
+from kvrelay.cache.store import KVStore
+from kvrelay.config import cache_home
+from kvrelay.sparse import BLOCK_TOKENS, GROUP_TOKENS, SparseAttention
+from kvrelay.types import KVLayout
+from kvrelay_kernels import chosen_implementation, measure_crossover
+from kvrelay_kernels.cpu import cpu_backend
+
+FILE = "crossover.json"
+MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
+NEVER = 2**31 - 1
+
+
+def measured(
+    sparse: SparseAttention | None, num_q_heads: int, store: KVStore, home: Path | None = None
+) -> SparseAttention | None:
+    """The settings with `dense_below_tokens` as a number.
+
+    What is timed is one group of prompt rows at the end of a longer and longer sequence: all of it dense,
+    against selecting and reading the budget. Takes seconds, once per machine, model shape and settings.
+    """
+    if sparse is None or sparse.dense_below_tokens != "auto":
+        return sparse
+    path = (cache_home() if home is None else home) / FILE
+    always = msgspec.structs.replace(sparse, dense_below_tokens=0)
+    key = _key(always, num_q_heads, store)
+    tokens = _remembered(path, key, lambda: _measure(always, num_q_heads, store))
+    return msgspec.structs.replace(sparse, dense_below_tokens=tokens)
+
+
+def _measure(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> int:
+    budget = sparse.budget_tokens
+    lengths = [int(budget * factor) // GROUP_TOKENS * GROUP_TOKENS for factor in (1.5, 2, 3, 4, 6, 8, 16)]
+    lengths = [length for length in lengths if length <= MAX_TOKENS] or [2 * budget]
+    blocks = max(lengths) // BLOCK_TOKENS
+    layout = store.layout
+    layer = KVLayout(
+        model="",
+        dtype=layout.dtype,
+        num_layers=1,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+    )
+    scratch = KVStore(
+        layer, blocks, memoryview(bytearray(blocks * layer.block_bytes)), store.device, keeps_stats=True
+    )
+    scratch.pages.normal_()
+    scratch.refresh_stats(range(blocks), max(lengths))
+    q = torch.randn(GROUP_TOKENS, num_q_heads, layout.head_dim, device=store.device).to(store.pages.dtype)
+
+    def run(length: int, chosen: SparseAttention | None) -> None:
+        span = Span(length - GROUP_TOKENS, GROUP_TOKENS, range(blocks), chosen, length)
+        Call(runs_of([span]), [span], scratch.pages)(0, q, scratch.layer(0), scratch.stats(0))
+
+    every_layer = msgspec.structs.replace(sparse, dense_layers=())
+    found = measure_crossover(lambda n: run(n, None), lambda n: run(n, every_layer), lengths)
+    return NEVER if found is None else found
+
+
+def _key(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> str:
+    """Everything the answer depends on."""
+    layout, device = store.layout, store.device
+    board = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    parts = {
+        "host": [platform.node(), board, cpu_backend(), torch.get_num_threads()],
+        "kernels": [chosen_implementation("block_sparse_prefill", store.pages), torch.__version__],
+        "shape": [num_q_heads, layout.num_kv_heads, layout.head_dim, layout.dtype],
+        "settings": msgspec.to_builtins(sparse),
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _remembered(path: Path, key: str, measure: Callable[[], int]) -> int:
+    """The file's answer, or a new one written to it; whoever comes second waits for the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = _read(file)
+        if key not in known:
+            known[key] = measure()
+            file.seek(0)
+            file.truncate()
+            json.dump(known, file, indent=1)
+        return known[key]
+
+
+def _read(file: IO[str]) -> dict[str, int]:
+    """What is known so far; a file that is not ours to read is measured anew."""
+    file.seek(0)
+    try:
+        return msgspec.json.decode(file.read() or "{}", type=dict[str, int])
+    except msgspec.DecodeError:
+        return {}

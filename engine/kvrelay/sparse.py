@@ -1,0 +1,154 @@
+"""Settings of sparse attention: one object, its names, and what it means for chunks and shared blocks.
+
+Knows numbers and names. Knows no tensors: the selection itself is the kernel library's.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from kvrelay.errors import InvalidConfig, UnknownName
+
+BLOCK_TOKENS = 64  # of a KV page, which is also what is selected
+GROUP_TOKENS = 4 * BLOCK_TOKENS
+"""Prompt tokens whose selection may depend on each other: the sibling query blocks that share candidates.
+
+Chunks and shared prefixes end at multiples of it, so that no result depends on where a prompt was cut.
+"""
+SELECTORS = ("tree", "two_stage", "quest", "mean_pool", "antidiagonal", "local", "oracle")
+ATTENTION = ("dense", "sparse", "auto")
+
+
+class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which keys a query reads: at most `budget_tokens`, in blocks of 64, chosen per query block and KV head.
+
+    Always among them are the first `sink_blocks`, the last `local_blocks` and the query's own block.
+    `dense_layers` read everything. So do queries at positions below `dense_below_tokens`; `"auto"` measures
+    once where selection starts to pay on this machine. `decode_budget_tokens=None` is the same budget for
+    generated tokens. `top_p` stops earlier, once the blocks taken hold that share of the estimated attention.
+
+    Raises `InvalidConfig` or `UnknownName`, naming the field.
+    """
+
+    selector: str = "tree"
+    budget_tokens: int = 4096
+    sink_blocks: int = 1
+    local_blocks: int = 8
+    dense_layers: tuple[int, ...] = (0, 1)
+    dense_below_tokens: int | Literal["auto"] = "auto"
+    decode_budget_tokens: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        if self.selector not in SELECTORS:
+            raise UnknownName(f"selector={self.selector!r}: expected one of {', '.join(SELECTORS)}")
+        for field, (ok, expected) in self._rules().items():
+            if not ok:
+                raise InvalidConfig(f"{field}={getattr(self, field)!r}: expected {expected}")
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        forced = (self.sink_blocks + self.local_blocks) * BLOCK_TOKENS
+        budget = f"a multiple of {BLOCK_TOKENS} of at least sink_blocks + local_blocks, {forced} tokens"
+        below, decode = self.dense_below_tokens, self.decode_budget_tokens
+        return {
+            "sink_blocks": (self.sink_blocks >= 0, "at least 0"),
+            "local_blocks": (self.local_blocks >= 1, "at least 1, the query's own"),
+            "budget_tokens": (_is_budget(self.budget_tokens, forced), budget),
+            "decode_budget_tokens": (decode is None or _is_budget(decode, forced), budget),
+            "dense_layers": (all(layer >= 0 for layer in self.dense_layers), "layer numbers from 0"),
+            "dense_below_tokens": (below == "auto" or below >= 0, "'auto' or at least 0"),
+            "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+        }
+
+    def first_sparse_position(self) -> int:
+        """Prompt positions before this one read everything: as told, or because it all fits in the budget.
+
+        A multiple of `GROUP_TOKENS`. `dense_below_tokens` must have been measured if it was `"auto"`.
+        """
+        assert self.dense_below_tokens != "auto"
+        told = -(-self.dense_below_tokens // GROUP_TOKENS) * GROUP_TOKENS
+        fits = 0 if self.top_p is not None else self.budget_tokens // GROUP_TOKENS * GROUP_TOKENS
+        return max(told, fits)
+
+
+class AttentionUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What attention read, counted over layers and KV heads: rows, pairs read, pairs a dense pass reads."""
+
+    num_queries: int = 0
+    attended_pairs: int = 0
+    causal_pairs: int = 0
+
+    def __add__(self, other: "AttentionUse") -> "AttentionUse":
+        return AttentionUse(
+            self.num_queries + other.num_queries,
+            self.attended_pairs + other.attended_pairs,
+            self.causal_pairs + other.causal_pairs,
+        )
+
+    @property
+    def attended_tokens_per_query(self) -> float:
+        """Keys that a query of one layer and KV head read, on average; 0 where there was no query."""
+        return self.attended_pairs / max(1, self.num_queries)
+
+    @property
+    def share_of_pairs(self) -> float:
+        """Share of the (query, key) pairs of dense attention; 1 where there was no query."""
+        return self.attended_pairs / self.causal_pairs if self.causal_pairs else 1.0
+
+
+def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | None:
+    """What a name stands for; None is dense.
+
+    `"auto"` is the default settings, dense below the machine's crossover. `"sparse"` is the same without
+    that, so that results are the same on every machine. Raises `UnknownName`.
+    """
+    if isinstance(attention, SparseAttention):
+        return attention
+    if attention not in ATTENTION:
+        raise UnknownName(f"attention={attention!r}: expected {', '.join(ATTENTION)} or SparseAttention(...)")
+    if attention == "dense":
+        return None
+    return SparseAttention() if attention == "auto" else SparseAttention(dense_below_tokens=0)
+
+
+def check_whole_groups(chunks: Iterable[int | None]) -> None:
+    """Raise `InvalidConfig` for a chunk length that would cut a selection group; None is a whole prompt."""
+    for chunk in chunks:
+        if chunk is not None and chunk % GROUP_TOKENS:
+            raise InvalidConfig(
+                f"prefill_chunk_tokens={chunk}: expected a multiple of {GROUP_TOKENS}, or None, "
+                f"with sparse attention, which selects for {GROUP_TOKENS} tokens together"
+            )
+
+
+def shareable_tokens(num_prefilled: int, sparse: SparseAttention | None) -> int:
+    """Of the first `num_prefilled` prompt tokens, how many have KV that any longer prompt would have too.
+
+    Whole selection groups only: the last, cut short by the prompt's end, has seen fewer queries than it
+    would in a longer prompt. Dense attention looks back alone, so there every whole block is shareable.
+    """
+    unit = BLOCK_TOKENS if sparse is None else GROUP_TOKENS
+    return num_prefilled // unit * unit
+
+
+def _check_kinds(sparse: SparseAttention) -> None:
+    """What a decoder checks by itself, for settings written in Python."""
+    if not isinstance(sparse.dense_layers, list | tuple):
+        raise InvalidConfig(f"dense_layers={sparse.dense_layers!r}: expected layer numbers")
+    msgspec.structs.force_setattr(sparse, "dense_layers", tuple(sparse.dense_layers))
+    whole = {name: getattr(sparse, name) for name in ("budget_tokens", "sink_blocks", "local_blocks")}
+    if sparse.decode_budget_tokens is not None:
+        whole["decode_budget_tokens"] = sparse.decode_budget_tokens
+    if sparse.dense_below_tokens != "auto":
+        whole["dense_below_tokens"] = sparse.dense_below_tokens
+    for field, value in [*whole.items(), *(("dense_layers", layer) for layer in sparse.dense_layers)]:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InvalidConfig(f"{field}={value!r}: expected an integer")
+    if sparse.top_p is not None and not isinstance(sparse.top_p, int | float):
+        raise InvalidConfig(f"top_p={sparse.top_p!r}: expected a number or None")
+
+
+def _is_budget(tokens: int, forced: int) -> bool:
+    return tokens % BLOCK_TOKENS == 0 and tokens >= max(forced, BLOCK_TOKENS)

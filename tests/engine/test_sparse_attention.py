@@ -1,0 +1,204 @@
+"""Sparse rows of a batch: cut anywhere, in chunks, alone or again, they read the same keys."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from kvrelay.attention import PagedAttention, Span
+from kvrelay.attention.crossover import FILE, NEVER, measured
+from kvrelay.cache.store import KVStore
+from kvrelay.sparse import AttentionUse, SparseAttention
+from kvrelay.types import BLOCK_SIZE, KVLayout, num_blocks
+from kvrelay_kernels import KVBlockStats
+
+HEAD_DIM, KV_HEADS, Q_HEADS, NUM_BLOCKS = 8, 2, 4, 24
+SMALL = SparseAttention(
+    budget_tokens=256, sink_blocks=1, local_blocks=1, dense_layers=(), dense_below_tokens=0
+)
+TOTAL, PROMPT = 1100, 1000
+
+
+def empty_store(num_layers: int = 1) -> KVStore:
+    layout = KVLayout(
+        model="m", dtype="float32", num_layers=num_layers, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM
+    )
+    buffer = memoryview(bytearray(NUM_BLOCKS * layout.block_bytes))
+    store = KVStore(layout, NUM_BLOCKS, buffer, torch.device("cpu"), keeps_stats=True)
+    store.pages.fill_(torch.nan)
+    return store
+
+
+@dataclass
+class Sequence_:
+    """One random sequence; `attend` runs its next tokens and keeps what came out."""
+
+    sparse: SparseAttention | None = SMALL
+    num_layers: int = 1
+    q: torch.Tensor = field(init=False)
+    outs: list[torch.Tensor] = field(default_factory=list)
+    use: AttentionUse = field(default_factory=AttentionUse)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.q, self.k, self.v = (
+            torch.randn(TOTAL, heads, HEAD_DIM, generator=generator) * 2
+            for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
+        )
+        self.store = empty_store(self.num_layers)
+        self.blocks = random.Random(1).sample(range(NUM_BLOCKS), num_blocks(TOTAL))
+        self.done = 0
+
+    def attend(self, *lengths: int, prompt_end: int = PROMPT) -> torch.Tensor:
+        for length in lengths:
+            start, end = self.done, self.done + length
+            span = Span(start, length, self.blocks, self.sparse, prompt_end)
+            attend = PagedAttention(self.store, [span])
+            for layer in range(self.num_layers):
+                out = attend(layer, self.q[start:end], self.k[start:end], self.v[start:end])
+            self.outs.append(out)
+            self.use += attend.uses()[0]
+            self.done = end
+        return torch.cat(self.outs)
+
+
+def dense(start: int, end: int) -> torch.Tensor:
+    sequence = Sequence_(sparse=None)
+    sequence.attend(*([start] if start else []), end - start)
+    return sequence.outs[-1]
+
+
+@pytest.mark.parametrize("selector", ["tree", "quest", "mean_pool", "two_stage"])
+def test_chunks_of_whole_groups_equal_the_whole_prompt(selector: str) -> None:
+    chosen = msgspec.structs.replace(SMALL, selector=selector)
+    whole = Sequence_(chosen).attend(PROMPT)
+    chunked = Sequence_(chosen).attend(256, 512, PROMPT - 768)
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole, dense(0, PROMPT), atol=1e-3), "the budget was meant to leave keys out"
+
+
+def test_rows_after_the_prompt_equal_those_of_decode() -> None:
+    """A request that starts again recomputes generated tokens in chunks, and must find the same keys."""
+    one_by_one = Sequence_().attend(PROMPT, *[1] * (TOTAL - PROMPT))
+    again = Sequence_()
+    torch.testing.assert_close(again.attend(768, TOTAL - 768), one_by_one, atol=1e-5, rtol=1e-5)
+    as_prompt = Sequence_().attend(768, TOTAL - 768, prompt_end=TOTAL)
+    assert not torch.allclose(as_prompt[PROMPT:], one_by_one[PROMPT:], atol=1e-3)
+
+
+def test_a_budget_that_holds_everything_is_dense() -> None:
+    everything = msgspec.structs.replace(SMALL, budget_tokens=num_blocks(TOTAL) * BLOCK_SIZE, top_p=1.0)
+    sequence = Sequence_(everything)
+    out = sequence.attend(PROMPT, *[1] * 30)
+    torch.testing.assert_close(out, dense(0, PROMPT + 30), atol=1e-5, rtol=1e-5)
+    assert sequence.use.share_of_pairs == 1.0
+
+
+def test_dense_layers_and_dense_positions_read_everything() -> None:
+    chosen = msgspec.structs.replace(SMALL, dense_layers=(1,))
+    sequence = Sequence_(chosen, num_layers=2)
+    torch.testing.assert_close(sequence.attend(PROMPT, 1), dense(0, PROMPT + 1), atol=1e-5, rtol=1e-5)
+    assert 0.5 < sequence.use.share_of_pairs < 0.9
+    below = msgspec.structs.replace(SMALL, dense_below_tokens=700)
+    first = Sequence_(below).attend(PROMPT)
+    torch.testing.assert_close(first[:768], dense(0, 768), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(first[768:], dense(768, PROMPT), atol=1e-3)
+
+
+def test_the_decode_budget_is_its_own() -> None:
+    everything = msgspec.structs.replace(SMALL, decode_budget_tokens=num_blocks(TOTAL) * BLOCK_SIZE)
+    sequence = Sequence_(everything)
+    sequence.attend(PROMPT, 1)
+    torch.testing.assert_close(sequence.outs[-1], dense(PROMPT, PROMPT + 1), atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_are_counted_as_they_are_read() -> None:
+    sequence = Sequence_()
+    sequence.attend(PROMPT, 1, 1)
+    read, causal = 0, 0
+    for position in range(PROMPT + 2):
+        causal += position + 1
+        own, listed = position % BLOCK_SIZE + 1, min(position // BLOCK_SIZE + 1, 4)
+        read += position + 1 if position < 256 else own + (listed - 1) * BLOCK_SIZE
+    expected = AttentionUse((PROMPT + 2) * KV_HEADS, read * KV_HEADS, causal * KV_HEADS)
+    assert sequence.use == expected
+
+
+def test_mixed_settings_in_one_batch_do_not_disturb_each_other() -> None:
+    chosen = [SMALL, None, msgspec.structs.replace(SMALL, selector="quest"), SMALL]
+    alone = [Sequence_(sparse).attend(512, 200)[512:] for sparse in chosen]
+    store = empty_store()
+    generator = random.Random(5)
+    # four sequences share one pool of pages: give each its own third of a larger store
+    layout = msgspec.structs.replace(store.layout)
+    pool = 4 * NUM_BLOCKS
+    big = KVStore(
+        layout, pool, memoryview(bytearray(pool * layout.block_bytes)), torch.device("cpu"), keeps_stats=True
+    )
+    blocks = generator.sample(range(pool), pool)
+    tables = [blocks[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS] for i in range(4)]
+    source = Sequence_()
+    for start, length in ((0, 512), (512, 200)):
+        spans = [
+            Span(start, length, table, sparse, PROMPT) for table, sparse in zip(tables, chosen, strict=True)
+        ]
+        q, k, v = (t[start : start + length].repeat(4, 1, 1) for t in (source.q, source.k, source.v))
+        out = PagedAttention(big, spans)(0, q, k, v)
+    torch.testing.assert_close(out, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def complete(stats: KVBlockStats, blocks: Sequence[int]) -> list[torch.Tensor]:
+    return [stats.minimum[blocks], stats.maximum[blocks], stats.mean[blocks]]
+
+
+def test_statistics_kept_as_tokens_arrive_equal_those_of_received_pages() -> None:
+    sequence = Sequence_(num_layers=2)
+    sequence.attend(512, 300, *[1] * 100, 188, prompt_end=812)
+    received = empty_store(2)
+    received.pages.copy_(sequence.store.pages)
+    received.refresh_stats(sequence.blocks[: num_blocks(sequence.done)], sequence.done)
+    full = sequence.blocks[: sequence.done // BLOCK_SIZE]
+    for layer in range(2):
+        mine, theirs = sequence.store.stats(layer), received.stats(layer)
+        assert mine is not None
+        assert theirs is not None
+        for a, b in zip(complete(mine, full), complete(theirs, full), strict=True):
+            assert torch.equal(a, b)
+            assert a.isfinite().all()
+        coarse = mine.coarse_minimum[full].isfinite().all((1, 2))
+        assert coarse.sum() == 5, "nodes of the tree live in the pages that complete them"
+        assert torch.equal(mine.coarse_minimum[full][coarse], theirs.coarse_minimum[full][coarse])
+
+
+def test_the_crossover_is_measured_once_for_all_workers(tmp_path: Path) -> None:
+    auto = SparseAttention(budget_tokens=704, local_blocks=2, dense_layers=())
+    store = empty_store()
+    first = measured(auto, Q_HEADS, store, tmp_path)
+    assert first is not None
+    assert first.dense_below_tokens != "auto"
+    assert 704 < first.dense_below_tokens <= NEVER
+    path = tmp_path / FILE
+    known = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+    path.write_bytes(msgspec.json.encode(dict.fromkeys(known, 4096)))
+    second = measured(auto, Q_HEADS, store, tmp_path)
+    assert second == msgspec.structs.replace(auto, dense_below_tokens=4096)
+    path.write_text("not json")
+    assert measured(auto, Q_HEADS, store, tmp_path) is not None
+    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, int])) == 1
+    told = msgspec.structs.replace(auto, dense_below_tokens=5)
+    assert measured(told, Q_HEADS, store, tmp_path) is told
+    assert measured(None, Q_HEADS, store, tmp_path) is None
+
+
+def test_softmax_scale_is_the_models() -> None:
+    """A selection of everything at one position: exact attention by hand."""
+    everything = msgspec.structs.replace(SMALL, budget_tokens=num_blocks(TOTAL) * BLOCK_SIZE, top_p=1.0)
+    sequence = Sequence_(everything)
+    sequence.attend(300, 1, prompt_end=300)
+    scores = sequence.k[:301, 0] @ sequence.q[300, 0] / math.sqrt(HEAD_DIM)
+    torch.testing.assert_close(sequence.outs[-1][0, 0], scores.softmax(0) @ sequence.v[:301, 0])

@@ -1,0 +1,93 @@
+"""Contract 1 in sparse mode: the same tokens whichever way a request is served, and what was read is told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvrelay import SamplingParams, SparseAttention
+from kvrelay.errors import InvalidConfig, InvalidRequest
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+
+LENGTHS = (1, 2, 65, 257, 300, 513, 700, 840)
+MAX_TOKENS = 140
+SPARSE = SparseAttention(budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+WAYS: dict[str, dict[str, Any]] = {
+    "1P1D": {},
+    "2P2D": {"prefill_workers": 2, "decode_workers": 2},
+    "chunks-of-256": {"prefill_chunk_tokens": 256},
+    "whole-prompts": {"prefill_chunk_tokens": None},
+    "one-at-a-time": {"max_num_seqs": 1},
+    "preempted": {"num_kv_blocks": 19},
+    "colocated": {"mode": "colocated"},
+    "colocated-preempted": {"mode": "colocated", "num_kv_blocks": 19, "prefill_chunk_tokens": 256},
+    "shm": {"transport": "shm"},
+    "bytes-delayed": {"transport": "faulty:delay=0.2"},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_directory: Path) -> dict[str, list[list[int]]]:
+    """Tokens of the plainest way, sparse and dense."""
+    found = {}
+    for name, attention in (("sparse", SPARSE), ("dense", "dense")):
+        with tiny_llm(
+            tiny_directory, mode="colocated", max_num_seqs=1, prefill_chunk_tokens=None, attention=attention
+        ) as llm:
+            found[name] = [o.token_ids for o in llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))]
+    return found
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("way", WAYS)
+def test_sparse_tokens_are_equal_in_every_way(
+    tiny_directory: Path, way: str, expected: dict[str, list[list[int]]]
+) -> None:
+    with tiny_llm(tiny_directory, attention=SPARSE, **WAYS[way]) as llm:
+        outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+        report = llm.report()
+        assert_all_blocks_home(llm)
+    assert [output.token_ids for output in outputs] == expected["sparse"]
+    if "preempted" in way:
+        assert report.num_requests["preempted"] > 0, "the pool was meant to be too small for all at once"
+    for output in outputs:
+        assert output.attention["decode"].attended_tokens_per_query <= (192 * 3 + 980) / 4
+    longest = outputs[-1].attention
+    assert longest["prefill"].share_of_pairs < 0.7
+    assert longest["decode"].share_of_pairs < 0.5
+
+
+def test_sparse_tokens_are_not_those_of_dense(expected: dict[str, list[list[int]]]) -> None:
+    assert expected["sparse"] != expected["dense"], "selection was meant to leave keys out"
+    short = [index for index, length in enumerate(LENGTHS) if length + MAX_TOKENS <= 192]
+    assert short == [0, 1]
+    assert [expected["sparse"][i][:40] for i in short] == [expected["dense"][i][:40] for i in short]
+
+
+def test_a_request_may_have_settings_of_its_own(
+    tiny_directory: Path, expected: dict[str, list[list[int]]]
+) -> None:
+    params = [
+        SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, attention=attention)
+        for attention in ("dense", SPARSE)
+    ]
+    prompt = prompts(*LENGTHS)[-1]
+    wide = SparseAttention(budget_tokens=640, dense_below_tokens=0)
+    with tiny_llm(tiny_directory, attention=wide) as llm:
+        dense, sparse = llm.generate([prompt, prompt], params)
+        with pytest.raises(InvalidRequest, match="dense_layers=4: the model has layers 0 to 3"):
+            llm.generate(prompt, SamplingParams(attention=SparseAttention(dense_layers=(4,))))
+    assert dense.token_ids == expected["dense"][-1]
+    assert sparse.token_ids == expected["sparse"][-1]
+    assert dense.attention["prefill"].share_of_pairs == 1.0
+    assert sparse.attention["prefill"].share_of_pairs < 0.7
+
+
+def test_what_cannot_be_done_is_refused(tiny_directory: Path) -> None:
+    with tiny_llm(tiny_directory) as llm:
+        with pytest.raises(InvalidRequest, match="attention='dense'"):
+            llm.generate("abc", SamplingParams(attention="sparse"))
+        (output,) = llm.generate("abc", SamplingParams(max_tokens=2, attention="dense"))
+        assert output.attention == {}
+    with pytest.raises(InvalidConfig, match="dense_layers=7: the model has layers 0 to 3"):
+        tiny_llm(tiny_directory, attention=SparseAttention(dense_layers=(0, 7)))

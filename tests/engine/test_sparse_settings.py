@@ -1,0 +1,104 @@
+"""Settings of sparse attention: refused by name, the same in every form, and agreeing with the kernels."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvrelay import EngineConfig, SamplingParams, SparseAttention
+from kvrelay.errors import InvalidConfig, InvalidRequest
+from kvrelay.sparse import (
+    BLOCK_TOKENS,
+    GROUP_TOKENS,
+    SELECTORS,
+    AttentionUse,
+    shareable_tokens,
+    sparse_settings,
+)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"selector": "best"},
+        {"budget_tokens": 0},
+        {"budget_tokens": 1000},
+        {"budget_tokens": 512},  # 1 sink and 8 local blocks are 576 tokens
+        {"budget_tokens": "many"},
+        {"budget_tokens": True},
+        {"sink_blocks": -1},
+        {"local_blocks": 0},
+        {"dense_layers": (-1,)},
+        {"dense_layers": 3},
+        {"dense_below_tokens": -1},
+        {"dense_below_tokens": "now"},
+        {"decode_budget_tokens": 100},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    (field,) = wrong
+    with pytest.raises(InvalidConfig, match=f"^{field}="):
+        SparseAttention(**wrong)
+    with pytest.raises(InvalidConfig, match=field):
+        EngineConfig.of(model="m", attention=wrong)
+
+
+def test_every_form_of_the_same_settings_is_equal() -> None:
+    sparse = SparseAttention(budget_tokens=1024, dense_layers=(0,), dense_below_tokens=0)
+    config = EngineConfig.of(model="m", attention=sparse)
+    plain = msgspec.json.decode(msgspec.json.encode(config))["attention"]
+    assert config.sparse() == EngineConfig.of(model="m", attention=plain).sparse() == sparse
+    assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
+    params = msgspec.convert({"attention": plain}, SamplingParams)
+    assert params == SamplingParams(attention=sparse)
+
+
+def test_names_stand_for_settings() -> None:
+    assert sparse_settings("dense") is None
+    assert sparse_settings("auto") == SparseAttention()
+    assert sparse_settings("sparse") == SparseAttention(dense_below_tokens=0)
+    with pytest.raises(InvalidConfig, match="attention='quick'"):
+        EngineConfig.of(model="m", attention="quick")
+    with pytest.raises(InvalidRequest, match="attention='quick'"):
+        SamplingParams(attention="quick")
+    with pytest.raises(InvalidRequest, match="attention=7"):
+        SamplingParams(attention=7)  # type: ignore[arg-type]
+
+
+def test_chunks_that_would_cut_a_selection_group_are_refused() -> None:
+    assert EngineConfig.of(model="m", prefill_chunk_tokens=64).sparse() is None
+    with pytest.raises(InvalidConfig, match="prefill_chunk_tokens=64"):
+        EngineConfig.of(model="m", prefill_chunk_tokens=64, attention="sparse")
+
+
+def test_names_and_sizes_are_the_kernel_librarys() -> None:
+    import kvrelay_kernels
+    from kvrelay_kernels.layout import FANOUT
+    from kvrelay_kernels.selection import SelectionConfig
+
+    assert sorted(SELECTORS) == sorted(kvrelay_kernels.SELECTORS)
+    assert kvrelay_kernels.BLOCK_SIZE == BLOCK_TOKENS
+    assert BLOCK_TOKENS * FANOUT == BLOCK_TOKENS * SelectionConfig(budget=9).sibling_blocks == GROUP_TOKENS
+
+
+def test_whole_groups_only_are_shared() -> None:
+    assert [shareable_tokens(n, None) for n in (63, 64, 255, 300)] == [0, 64, 192, 256]
+    assert [shareable_tokens(n, SparseAttention()) for n in (63, 255, 256, 300, 512)] == [0, 0, 256, 256, 512]
+
+
+def test_dense_positions_are_those_told_and_those_that_fit() -> None:
+    def first(**settings: Any) -> int:
+        return SparseAttention(**settings).first_sparse_position()
+
+    assert first(budget_tokens=1024, dense_below_tokens=0) == 1024
+    assert first(budget_tokens=1024, dense_below_tokens=1300) == 1536
+    assert first(budget_tokens=704, dense_below_tokens=0) == 512
+    assert first(budget_tokens=1024, dense_below_tokens=0, top_p=0.9) == 0
+
+
+def test_uses_add_up() -> None:
+    both = AttentionUse(2, 10, 20) + AttentionUse(3, 5, 40)
+    assert (both.attended_tokens_per_query, both.share_of_pairs) == (3.0, 0.25)
+    assert (AttentionUse().attended_tokens_per_query, AttentionUse().share_of_pairs) == (0.0, 1.0)
