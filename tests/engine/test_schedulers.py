@@ -66,6 +66,15 @@ def compute(scheduler: PrefillScheduler) -> list[tuple[str, int, int]]:
 # Prefill ---------------------------------------------------------------------------------------------
 
 
+def test_chunks_are_cut_at_multiples_of_the_unit_whatever_else_is_in_the_step() -> None:
+    scheduler = PrefillScheduler(BlockPool(40), 512, unit_tokens=256)
+    for arrival, num_tokens in enumerate((1, 70, 700, 900)):
+        scheduler.add(job(arrival, num_tokens))
+    starts = [start for _ in range(8) for _, start, _ in compute(scheduler)]
+    assert sorted(set(starts)) == [0, 256, 512, 768]
+    assert all(chunked.is_computed for chunked in scheduler)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 128, 129])
 @pytest.mark.parametrize("chunk_tokens", [64, 128, None])
 def test_chunks_cover_a_prompt_once_on_page_borders(num_tokens: int, chunk_tokens: int | None) -> None:

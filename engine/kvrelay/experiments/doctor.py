@@ -74,7 +74,9 @@ def _kernels() -> list[Finding]:
     build = (
         "in C++" if backend != "torch" else "batched torch; a C++ compiler at install gives the faster ones"
     )
-    cpu = Finding(area="kernels", name="cpu", available=True, detail=f"{backend}: {build}")
+    dense = "these" if backend != "torch" else "torch's own attention over gathered pages"
+    detail = f"{backend}: {build}; dense attention of float32 and bfloat16 by {dense}"
+    cpu = Finding(area="kernels", name="cpu", available=True, detail=detail)
     triton = importlib.util.find_spec("triton") is not None
     detail = (
         "installed" if triton else "not installed; pip install triton (it comes with CUDA builds of torch)"
