@@ -16,6 +16,7 @@ from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
+from kvrelay.sparse import AttentionUse
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import (
     KVLayout,
@@ -104,6 +105,9 @@ class FakeRunner:
 
     def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | None]:
         return [None if sequence.token_ids[0] == 13 else (7, None) for sequence in batch]
+
+    def attention_by(self, requests: Sequence[object]) -> dict[str, AttentionUse]:
+        return {}
 
     def copy_fence(self) -> None:
         return None

@@ -19,7 +19,7 @@ class PrefillSide:
 
     def __init__(self, parts: WorkerParts, decode: DecodeSide) -> None:
         self._parts, self._decode = parts, decode
-        unit_tokens = BLOCK_SIZE if parts.runner.sparse is None else GROUP_TOKENS
+        unit_tokens = BLOCK_SIZE if parts.config.engine.sparse() is None else GROUP_TOKENS
         self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens, unit_tokens)
         self._next_renewal_s = 0.0
 
