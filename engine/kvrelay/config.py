@@ -90,6 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     there (0: never; None: as many as a measurement at the start finds worth it). `slo_ttft_s` and
     `slo_itl_s` are what requests are held to. `price_per_hour` (any currency), `pue` and
     `carbon_g_per_kwh` turn joules and hours into costs; nothing is shown of those not given.
+    `metrics_alias="vllm"` shows metrics that vLLM has under its names too; `served_model_name` (None: the
+    end of `model`) is their `model_name`.
     `role_planner` lets the router change workers' roles by itself.
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
@@ -125,6 +127,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pue: float | None = None
     carbon_g_per_kwh: float | None = None
     metrics_alias: Literal["vllm"] | None = None
+    served_model_name: str | None = None
     role_planner: bool = False
 
     def __post_init__(self) -> None:
@@ -192,6 +195,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return self
         own = {name: value for name in OWN if (value := getattr(listed, name)) is not None}
         return msgspec.structs.replace(self, **own)
+
+    def served_name(self) -> str:
+        """What the model is called outside: `served_model_name`, else the end of its name or path."""
+        return self.served_model_name or Path(self.model).name
 
     def powers(self) -> str | None:
         """The power model with that of each listed worker in it, in the grammar of `energy.power_model`."""

@@ -132,6 +132,13 @@ class Engine:
         """What has been measured so far. Raises `EngineClosed` after `close`."""
         return self._runtime.call(self._runtime.measurement.report).result()
 
+    def metrics(self) -> bytes:
+        """What `/metrics` shows, as Prometheus text (`kvrelay.metrics.CONTENT_TYPE`). See docs/metrics.md.
+
+        Raises `EngineClosed` after `close`.
+        """
+        return self._runtime.call(self._runtime.metrics).result()
+
     def close(self) -> dict[str, int]:
         """Stop everything; unfinished requests end with `EngineClosed`. Safe to call twice.
 

@@ -57,6 +57,10 @@ class TransferFailed(TransportError):
     """The KV of one request did not arrive whole."""
 
 
+class LeaseExpired(TransferFailed):
+    """The writer of a request's KV was silent for a whole lease."""
+
+
 class WorkerFailed(KVRelayError):
     """A worker process did not start, or died; the message carries the reason from its own log."""
 

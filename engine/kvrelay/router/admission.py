@@ -24,7 +24,7 @@ class WaitingQueue:
         self._limit = limit
         self._requests: list[RoutedRequest] = []
         self._departures_s: deque[float] = deque(maxlen=RATE_OVER)
-        self.num_refused = 0
+        self.num_refused = self.num_dispatched = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -56,6 +56,7 @@ class WaitingQueue:
     def on_dispatched(self, now_s: float) -> None:
         """A request left for the workers, whether or not it had to wait."""
         self._departures_s.append(now_s)
+        self.num_dispatched += 1
 
     def retry_after_s(self, now_s: float) -> float:
         """Seconds in which what waits now will have left, at the rate of the last departures."""
@@ -77,5 +78,5 @@ def overdue(requests: Iterable[RoutedRequest], now_s: float) -> list[tuple[Route
 
 def _deadline_error(request: RoutedRequest, now_s: float) -> DeadlineExceeded:
     where = "in the queue" if request.decode is None else f"for blocks on {request.decode} or for prefill"
-    waited_s = now_s - request.ledger.events[0][0]
+    waited_s = now_s - request.ledger.arrived_s
     return DeadlineExceeded(f"the request waited {waited_s:.3g} s, the last of it {where}, and had not begun")

@@ -216,6 +216,8 @@ class Router:
             return
         request = self.requests[message.request_id]
         error = ERRORS.get(message.error, KVRelayError)(message.message)
+        if self.observer is not None:
+            self.observer.on_attempt_failed(error)
         if message.retryable:
             self.fleet.failed(request, now_s)
             self._retry(request, error, now_s)

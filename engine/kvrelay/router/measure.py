@@ -76,7 +76,7 @@ class Measurement:
         """Everything so far; the window of an unfinished run ends at `now_s`."""
         router = self._router
         workers = list(router.workers.values())
-        energy = self._energy()
+        energy = self.energy()
         counts = router.counts
         window_s = counts.window_s(now_s, is_running=bool(router.requests))
         transfer_s = sum(worker.busy_s["transfer"] for worker in workers)
@@ -104,7 +104,8 @@ class Measurement:
         if self._reader is not None:
             self._reader.close()
 
-    def _energy(self) -> EnergyReport:
+    def energy(self) -> EnergyReport:
+        """The meter's account up to now."""
         if self._reader is None:
             return EnergyReport(source=None, reason="the workers have not started")
         self._reader.sample_now()

@@ -118,5 +118,8 @@ class Observer(Protocol):
     def on_token(self, request: RoutedRequest) -> None:
         """A token was delivered: the last of `request.ledger.token_times_s`."""
 
+    def on_attempt_failed(self, error: KVRelayError) -> None:
+        """A worker gave an attempt up; the request may go on elsewhere."""
+
     def on_end(self, request: RoutedRequest, update: Update) -> None:
         """The request ended with this update."""

@@ -21,6 +21,7 @@ from kvrelay.router.measure import Measurement
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import Update
 from kvrelay.router.settings import RouterSettings
+from kvrelay.router.telemetry import Telemetry
 from kvrelay.types import WorkerId
 from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Connect, Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
@@ -57,6 +58,7 @@ class Runtime:
         self._config, self._watch = config, watch
         self.router = Router(open_policy(config.policy), self._send, on_update, _settings(config))
         self.measurement = Measurement(config, self.router)
+        self.telemetry = self.router.observer = Telemetry(config, self.router)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
@@ -66,7 +68,7 @@ class Runtime:
         self._wakeup = Wakeup()
         self._commands: deque[Callable[[], None]] = deque()
         self._waiting_for = {worker_id for worker_id, _ in config.roles()}
-        self._handshakes: set[tuple[WorkerId, WorkerId]] = set()
+        self._handshakes: dict[tuple[WorkerId, WorkerId], float] = {}  # open ones, and when they began
         self._ready: Future[None] = Future()
         self._heard_s: dict[WorkerId, float] = {}
         self._stopped: dict[WorkerId, int] = {}
@@ -107,6 +109,10 @@ class Runtime:
             self._commands.append(command)
         self._wakeup.set()
         return future
+
+    def metrics(self, now_s: float) -> bytes:
+        """The text of `/metrics`. On the router's thread: `call(runtime.metrics)`."""
+        return self.telemetry.render(self.measurement.energy(), now_s)
 
     def close(self) -> dict[WorkerId, int]:
         """Fail what is in flight, stop the workers and the thread; leaked blocks by worker that said so."""
@@ -199,12 +205,14 @@ class Runtime:
         decodes = [hello for hello in hellos if hello.role == "decode"]
         for prefill in (hello for hello in hellos if hello.role == "prefill"):
             for decode in decodes:
-                self._handshakes.add((prefill.worker_id, decode.worker_id))
+                self._handshakes[prefill.worker_id, decode.worker_id] = time.monotonic()
                 self._send(prefill.worker_id, Connect(peer=decode.descriptor))
         self._say_ready_if_done()
 
     def _on_connected(self, message: Connected) -> None:
-        self._handshakes.discard((message.worker_id, message.peer))
+        begun_s = self._handshakes.pop((message.worker_id, message.peer), None)
+        if begun_s is not None:
+            self.telemetry.on_handshake(time.monotonic() - begun_s)
         if message.error:
             name, _, text = message.error.partition(": ")
             self._not_ready(ERRORS.get(name, WorkerFailed)(text))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from kvrelay.cache.tickets import TicketBook
-from kvrelay.errors import ModelError, TransferFailed
+from kvrelay.errors import LeaseExpired, ModelError, TransferFailed
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
 from kvrelay.types import FinishReason, RequestSpec, TicketId, TokenLogprobs, TransferTicket
 from kvrelay.wire import (
@@ -81,7 +81,8 @@ class DecodeSide:
     def expire(self, now_s: float) -> None:
         """Give up tickets whose writer fell silent."""
         for ticket in self.tickets.expire(now_s):
-            self._give_up(ticket, f"the writer was silent for {ticket.lease_s:g} s")
+            reason = f"KV of {ticket.request_id}: the writer was silent for {ticket.lease_s:g} s"
+            self._give_up(ticket, LeaseExpired(reason))
 
     def step(self) -> bool:
         """One token for every sequence of the next batch; False when none can run."""
@@ -126,7 +127,7 @@ class DecodeSide:
             return
         defect = self._defect(ticket, message)
         if defect:
-            self._give_up(ticket, defect)
+            self._give_up(ticket, TransferFailed(f"KV of {ticket.request_id}: {defect}"))
             self.tickets.writer_gone(ticket.ticket_id)  # it has said that it is done writing
             return
         self._parts.store.land(ticket.block_ids)
@@ -151,11 +152,11 @@ class DecodeSide:
                 return f"the digests of blocks {wrong} of {len(mine)} differ from the writer's"
         return ""
 
-    def _give_up(self, ticket: TransferTicket, reason: str) -> None:
+    def _give_up(self, ticket: TransferTicket, error: TransferFailed) -> None:
         request = self._reserved.pop(ticket.ticket_id, None)
         self.tickets.abort(ticket.request_id, ticket.attempt)
         if request is not None:
-            self._parts.fail(request, TransferFailed(f"KV of {ticket.request_id}: {reason}"), retryable=True)
+            self._parts.fail(request, error, retryable=True)
 
     def _run(self, request: RequestSpec, blocks: list[int]) -> None:
         self.scheduler.run(DecodeSequence(request, blocks, list(request.token_ids)))

@@ -63,6 +63,11 @@ class Ledger:
             self.add("first_token", at_s)
         self.token_times_s.append(at_s)
 
+    @property
+    def arrived_s(self) -> float:
+        """When the request arrived."""
+        return self.events[0][0]
+
     def timings(self, end_s: float) -> Timings:
         """The ledger of a request that ended, or is looked at, at `end_s`.
 
