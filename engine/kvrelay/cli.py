@@ -23,6 +23,8 @@ from kvrelay.llm import LLM
 from kvrelay.models import hub
 from kvrelay.models.progress import progress_bar
 from kvrelay.outputs import RequestOutput
+from kvrelay.serve_command import serve
+from kvrelay.settings import parse_pair
 from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
@@ -31,6 +33,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, help="Get models, and see which there are.")
 app.add_typer(models_app, name="models")
+app.command()(serve)
 console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document last, on standard output.")]
@@ -206,16 +209,11 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 def _settings(pairs: list[str] | None, **named: Any) -> dict[str, Any]:
     """Engine settings from options and `--set NAME=VALUE`; values are JSON where they parse as such."""
     for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InvalidConfig(f"--set {pair!r}: expected NAME=VALUE")
+        name, value = parse_pair(pair)
         if name not in EngineConfig.__struct_fields__:
             known = ", ".join(EngineConfig.__struct_fields__)
             raise InvalidConfig(f"--set {name}: there is no such setting; there are {known}")
-        try:
-            named[name] = json.loads(value)
-        except ValueError:
-            named[name] = value
+        named[name] = value
     return named
 
 

@@ -6,7 +6,7 @@ The only place that reads the environment. Knows no tensors and starts nothing.
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
+Settings = TypeVar("Settings", bound=msgspec.Struct)
 SECONDS = ("lease_s", "worker_timeout_s", "start_timeout_s", "queue_timeout_s", "slo_ttft_s", "slo_itl_s")
 LEAST = (
     ("max_queued_requests", 0),
@@ -36,6 +37,11 @@ def cache_home() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kvrelay"
+
+
+def api_key() -> str | None:
+    """The key that clients of the server must send, if the environment sets one: `KVRELAY_API_KEY`."""
+    return os.environ.get("KVRELAY_API_KEY")
 
 
 def cuda_visible_devices() -> str | None:
@@ -64,7 +70,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.device is not None:
             _check_choice("workers.device", self.device.split(":")[0], DEVICES)
         for field in ("threads", "num_kv_blocks", "max_num_seqs"):
-            _check_at_least(f"workers.{field}", getattr(self, field), 1)
+            check_at_least(f"workers.{field}", getattr(self, field), 1)
         _check_chunk("workers.prefill_chunk_tokens", self.prefill_chunk_tokens)
         if self.worker_id is not None and not WORKER_ID.fullmatch(self.worker_id):
             raise InvalidConfig(
@@ -136,13 +142,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _check_choice("dtype", self.dtype, DTYPES)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker"):
-            _check_at_least(field, getattr(self, field), 1)
+            check_at_least(field, getattr(self, field), 1)
         for field in SECONDS:
             seconds = getattr(self, field)
             if seconds is not None and not seconds > 0:
                 raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
         for field, least in LEAST:
-            _check_at_least(field, getattr(self, field), least)
+            check_at_least(field, getattr(self, field), least)
         _check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
@@ -153,18 +159,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def of(cls, **settings: Any) -> "EngineConfig":
         """From keyword settings, types checked. Raises `InvalidConfig` naming the field and what exists."""
-        unknown = sorted(settings.keys() - set(cls.__struct_fields__))
-        if unknown:
-            known = ", ".join(cls.__struct_fields__)
-            raise InvalidConfig(f"{unknown[0]}: there is no such setting; there are {known}")
-        try:
-            return msgspec.convert(settings, cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, InvalidConfig):  # our own checks, wrapped on the way out
-                raise error.__cause__ from None
-            what, _, path = str(error).partition(" - at `$.")
-            field = path.rstrip("`")
-            raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+        return convert(cls, settings)
 
     def sparse(self) -> SparseAttention | None:
         """Settings of sparse attention; None is dense."""
@@ -230,12 +225,30 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine: EngineConfig
 
 
+def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:
+    """A struct from keyword settings, types checked. Raises `InvalidConfig` naming the field."""
+    fields = cls.__struct_fields__
+    unknown = sorted(settings.keys() - set(fields))
+    if unknown:
+        known = ", ".join(fields)
+        raise InvalidConfig(f"{unknown[0]}: there is no such setting; there are {known}")
+    try:
+        return msgspec.convert(settings, cls)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, InvalidConfig):  # our own checks, wrapped on the way out
+            raise error.__cause__ from None
+        what, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`")
+        raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+
+
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UnknownName(f"{field}={value!r}: expected one of {', '.join(choices)}")
 
 
-def _check_at_least(field: str, value: float | None, least: float) -> None:
+def check_at_least(field: str, value: float | None, least: float) -> None:
+    """Raise `InvalidConfig` for a number below the least; None passes."""
     if value is not None and value < least:
         raise InvalidConfig(f"{field}={value}: expected at least {least}")
 

@@ -84,6 +84,7 @@ class Engine:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         _check_tokens(token_ids, self.spec.vocab_size)
         _check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
+        _check_tokens([0, *params.logit_bias], self.spec.vocab_size, "logit_bias")
         self._check_attention(params)
         if len(token_ids) >= self.max_model_len:
             raise InvalidRequest(

@@ -20,6 +20,7 @@ from kvrelay.types import FinishReason, RequestId, TokenLogprobs
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One finished request. `text` ends before a stop string; `token_ids` holds every generated token.
 
+    `prompt_logprobs` has an entry for each prompt token, None for the first, which has nothing before it.
     `energy` is what the meter had seen by then; its parts are None where nobody measured. `attention` says
     what the request's queries read, by phase; it is empty where the engine is dense."""
 
@@ -30,17 +31,23 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
     timings: Timings
     energy: RequestEnergy
     attention: dict[str, AttentionUse] = {}
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """News of one request: new text and tokens; `output` on its end, `error` when it failed."""
+    """News of one request: new text and tokens; `output` on its end, `error` when it failed.
+
+    `logprobs` are those of `token_ids`, when the request asked for them; `prompt_logprobs` come with the
+    first tokens."""
 
     request_id: RequestId
     text: str = ""
     token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     output: RequestOutput | None = None
     error: KVRelayError | None = None
 
@@ -70,21 +77,32 @@ class OutputStream:
             self.on_event(StreamEvent(request_id=update.request_id, error=update.error))
             return False
         tokens = [] if update.token_id is None else [update.token_id]
-        if update.logprobs is not None:
-            self.logprobs.append(update.logprobs)
+        logprobs = [] if update.logprobs is None else [update.logprobs]
+        self.logprobs += logprobs
         text = self.detokenizer.push(
             tokens,
             is_last=update.finish_reason is not None,
             may_stop=len(self.request.token_ids) - self.request.num_prompt_tokens
             > self.request.params.min_tokens,
         )
-        if self.detokenizer.is_stopped and update.finish_reason is None:
-            self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens))
-            return True
+        is_first = len(self.token_ids) == 1
+        is_to_stop = self.detokenizer.is_stopped and update.finish_reason is None
         reason: FinishReason | None = "stop" if self.detokenizer.is_stopped else update.finish_reason
-        output = None if reason is None else self._output(reason, update.at_s)
-        self.on_event(StreamEvent(request_id=update.request_id, text=text, token_ids=tokens, output=output))
-        return False
+        output = None if is_to_stop or reason is None else self._output(reason, update.at_s)
+        self.on_event(
+            StreamEvent(
+                request_id=update.request_id,
+                text=text,
+                token_ids=tokens,
+                logprobs=logprobs,
+                prompt_logprobs=self._prompt_logprobs() if is_first else None,
+                output=output,
+            )
+        )
+        return is_to_stop
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
 
     def _output(self, reason: FinishReason, end_s: float) -> RequestOutput:
         request = self.request
@@ -96,6 +114,7 @@ class OutputStream:
             token_ids=self.token_ids,
             finish_reason=reason,
             logprobs=None if request.params.logprobs is None else self.logprobs,
+            prompt_logprobs=self._prompt_logprobs(),
             timings=request.ledger.timings(end_s),
             energy=self.energy(request.request_id),
             attention=dict(request.attention),

@@ -3,7 +3,7 @@
 Knows sequences, pages and logits. Knows nothing about queues, sockets or time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import torch
@@ -11,11 +11,13 @@ import torch
 from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.store import KVStore
 from kvrelay.models.decoder import Decoder
-from kvrelay.sampler import Row, Sampled, sample
+from kvrelay.sampler import Row, Sampled, sample, score
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
 from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
-from kvrelay.types import RequestSpec
+from kvrelay.types import RequestSpec, TokenLogprobs
+
+SCORED_ROWS = 64
 
 
 class Runner:
@@ -37,8 +39,11 @@ class Runner:
         self.attention: list[AttentionUse] = []
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> None:
-        """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer."""
+    def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
+        """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer.
+
+        Returns the hidden states of the chunks' tokens, one chunk after the other, [T, hidden].
+        """
         spans = []
         for chunk in chunks:
             request = chunk.job.request
@@ -50,7 +55,23 @@ class Runner:
             for chunk in chunks
             for token in chunk.job.request.token_ids[chunk.start : chunk.start + chunk.length]
         ]
-        self._forward(tokens, spans, after_layer)
+        return self._forward(tokens, spans, after_layer)
+
+    def score(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[int, list[TokenLogprobs]]]:
+        """Log-probabilities of the prompt tokens that follow those of `hidden [chunk.length, hidden]`.
+
+        Yields (index of the first token, log-probabilities) by slices of `SCORED_ROWS`: logits are
+        [rows, vocab], far more than the hidden states they come from.
+        """
+        request = chunk.job.request
+        assert request.prompt_logprobs is not None
+        following = request.token_ids[chunk.start + 1 : request.num_prompt_tokens][: chunk.length]
+        for first in range(0, len(following), SCORED_ROWS):
+            targets = following[first : first + SCORED_ROWS]
+            with torch.inference_mode():
+                logits = self.decoder.logits(hidden[first : first + len(targets)])
+                found = score(logits, targets, request.prompt_logprobs)
+            yield chunk.start + 1 + first, found
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:

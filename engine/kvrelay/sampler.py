@@ -53,6 +53,15 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
     return result
 
 
+def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probability of one given token per row of `logits [R, vocab]`, with the `num_top` most likely."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, tokens = (found.tolist() for found in logprobs.topk(min(num_top, logprobs.shape[1])))
+    tops = (dict(zip(*row, strict=True)) for row in zip(tokens, values, strict=True))
+    return [TokenLogprobs(*row) for row in zip(token_ids, own, tops, strict=True)]
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) from (seed, position), by rounds of SplitMix64 (Steele et al., OOPSLA 2014)."""
     state = seed & _MASK
@@ -69,6 +78,9 @@ def _penalise(logit: torch.Tensor, row: Row) -> None:
     if row.num_output_tokens < params.min_tokens:
         blocked = [*params.stop_token_ids, *row.eos_token_ids]
         logit[blocked] = float("-inf")
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=logit.device)
+        logit[tokens] += torch.tensor(list(params.logit_bias.values()), device=logit.device)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(row.token_ids)), device=logit.device)
         values = logit[seen]

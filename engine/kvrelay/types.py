@@ -27,6 +27,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_SALT_CHARACTERS = 256
+MAX_LOGIT_BIASES = 1024
 MAX_INTEGER = 2**31 - 1
 
 
@@ -44,10 +45,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `temperature=0` is greedy. `top_k=0` (or -1) and `top_p=1` switch those filters off. With a `seed`, the
     token drawn depends on (seed, position, distribution) only, whichever way the request was served;
     without one, the engine draws a seed. `logprobs=k` returns the chosen token's and the k most likely
-    tokens' log-probabilities, after penalties and before temperature. Requests of a lower `priority` are
-    served first, those of equal priority in order of arrival. KV is reused only between requests of equal
-    `cache_salt` (a tenant's secret, say); None shares with all that have none. `attention` replaces the
-    engine's for this request, where the engine was not started dense.
+    tokens' log-probabilities, after penalties and before temperature; `prompt_logprobs=k` those of the
+    prompt's tokens, each given what stands before it. `logit_bias` adds -100 to 100 to single tokens' logits.
+    Requests of a lower `priority` are served first, those of equal priority in order of arrival. KV is
+    reused only between requests of equal `cache_salt` (a tenant's secret, say); None shares with all that
+    have none. `attention` replaces the engine's for this request, where the engine was not started dense.
 
     Raises `InvalidRequest`, naming the field, when a value is out of range.
     """
@@ -63,6 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -78,6 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
         for field in _FLOATS:
             msgspec.structs.force_setattr(self, field, _as_float(field, getattr(self, field)))
+        biases = {token: _as_float("logit_bias", value) for token, value in self.logit_bias.items()}
+        msgspec.structs.force_setattr(self, "logit_bias", biases)
         for field, (ok, expected) in self._rules().items():
             if not ok:
                 raise InvalidRequest(f"{field}={getattr(self, field)!r}: expected {expected}")
@@ -102,7 +108,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 all(_is_integer(token) and 0 <= token <= MAX_INTEGER for token in self.stop_token_ids),
                 "token ids >= 0",
             ),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            "logprobs": (_is_few(self.logprobs), f"0 to {MAX_LOGPROBS}"),
+            "prompt_logprobs": (_is_few(self.prompt_logprobs), f"0 to {MAX_LOGPROBS}"),
+            "logit_bias": (
+                _are_biases(self.logit_bias),
+                f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -100 to 100",
+            ),
             "repetition_penalty": (0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
             "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
             "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
@@ -136,6 +147,17 @@ def _is_text(value: object, max_characters: int) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def _is_few(count: int | None) -> bool:
+    return count is None or 0 <= count <= MAX_LOGPROBS
+
+
+def _are_biases(biases: dict[int, float]) -> bool:
+    return len(biases) <= MAX_LOGIT_BIASES and all(
+        _is_integer(token) and 0 <= token <= MAX_INTEGER and -100.0 <= bias <= 100.0
+        for token, bias in biases.items()
+    )
+
+
 def _as_float(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"{field}={value!r}: expected a number")
@@ -149,13 +171,15 @@ def _as_float(field: str, value: object) -> float:
 
 
 def _check_kinds(params: SamplingParams) -> None:
-    optional = {"seed", "logprobs"}
-    for field in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "priority"):
+    optional = {"seed", "logprobs", "prompt_logprobs"}
+    for field in ("max_tokens", "min_tokens", "top_k", "priority", *sorted(optional)):
         value = getattr(params, field)
         if not _is_integer(value) and not (value is None and field in optional):
             raise InvalidRequest(f"{field}={value!r}: expected an integer")
     if not isinstance(params.ignore_eos, bool):
         raise InvalidRequest(f"ignore_eos={params.ignore_eos!r}: expected true or false")
+    if not isinstance(params.logit_bias, dict):
+        raise InvalidRequest(f"logit_bias={params.logit_bias!r}: expected numbers by token id")
     for field in ("stop", "stop_token_ids"):
         value = getattr(params, field)
         if not isinstance(value, str | list | tuple) or (
@@ -224,7 +248,8 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `token_ids` is the prompt and, after a retry, the tokens already delivered; the first
     `num_prompt_tokens` of them are the user's. All but the last are prefilled; the last is decode's first
     input. `max_total_tokens` bounds prompt and output together. `arrival` numbers requests by age, retries
-    included: the lower, the older.
+    included: the lower, the older. `prompt_logprobs` is set while the prompt's log-probabilities are still
+    owed: then prefill computes every position, whatever is cached.
     """
 
     request_id: RequestId
@@ -235,6 +260,7 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_total_tokens: int
     params: SamplingParams
     seed: int
+    prompt_logprobs: int | None = None
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -149,6 +149,15 @@ class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     finish_reason: FinishReason | None = None
 
 
+class PromptScored(Message, frozen=True, kw_only=True):
+    """Log-probabilities of prompt tokens from index `start` on: prefill to router, in order, without gaps."""
+
+    request_id: RequestId
+    attempt: int
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 class StepReport(Message, frozen=True, kw_only=True):
     """What one engine step did: one phase, its time, and the tokens each request got from it.
 
@@ -232,6 +241,7 @@ _WORKER_TO_ROUTER = (
     | Connected
     | Reserved
     | Mark
+    | PromptScored
     | StepReport
     | Preempted
     | AttemptFailed

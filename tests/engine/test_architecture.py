@@ -13,6 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("sparse",),
     ("types",),
     ("config",),
+    ("server_config",),
     ("wire", "energy", "cache", "models"),
     ("metrics",),
     ("cache.store", "transport", "attention", "sampler"),
@@ -22,14 +23,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("outputs", "launch"),
     ("engine",),
     ("llm",),
-    ("experiments",),
+    ("server", "experiments", "settings"),
+    ("serve_command",),
     ("cli",),
     ("__init__", "__main__"),
 )
 TORCH_FREE = [
     *("types", "errors", "sparse", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
     *("cache.tickets", "cache.prefix", "scheduler", "router", "transport", "models.spec", "models.hub"),
-    *("models.tokenizer", "outputs", "launch", "engine", "llm", "cli", "__init__"),
+    *("models.tokenizer", "outputs", "launch", "engine", "llm", "settings", "server.run", "cli", "__init__"),
 ]
 
 
@@ -80,6 +82,20 @@ def test_imports_point_down(module: str) -> None:
         if module == "launch" and imported.startswith(("worker", "transport")):
             continue  # lazily, to run workers as threads
         assert layer(imported) <= layer(module), f"{module} imports {imported}, which is above it"
+
+
+def test_only_the_server_imports_the_http_stack() -> None:
+    for module, path in modules().items():
+        if not module.startswith("server"):
+            assert not {"fastapi", "starlette", "uvicorn"} & top_level_imports(path), module
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """First components of everything a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    of = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in plain | of}
 
 
 def test_worker_and_router_never_import_each_other() -> None:

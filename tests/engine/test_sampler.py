@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrelay.sampler import Row, sample, uniform
+from kvrelay.sampler import Row, sample, score, uniform
 from kvrelay.types import SamplingParams
 
 VOCAB = 12
@@ -203,6 +203,26 @@ def test_penalties_equal_vllms(
     assert logprobs is not None
     for other, value in enumerate(expected.log_softmax(-1).tolist()):
         assert logprobs.top[other] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_logit_bias_is_added_before_log_probabilities() -> None:
+    values = logits(6)
+    biased = values.clone()
+    biased[0, 3] += 5.0
+    biased[0, 9] -= 7.5
+    ((_, logprobs),) = sample(values.clone(), [row(logit_bias={3: 5.0, 9: -7.5}, logprobs=8)])
+    expected = biased.log_softmax(-1)[0]
+    assert logprobs is not None
+    assert logprobs.top == pytest.approx({int(i): float(expected[i]) for i in expected.topk(8).indices})
+
+
+def test_a_given_tokens_score_is_its_log_softmax() -> None:
+    values = torch.cat([logits(6), logits(7)])
+    expected = values.log_softmax(-1)
+    found = score(values, [3, 9], 2)
+    assert [entry.token_id for entry in found] == [3, 9]
+    assert [entry.logprob for entry in found] == pytest.approx([float(expected[0, 3]), float(expected[1, 9])])
+    assert [list(entry.top) for entry in found] == expected.topk(2).indices.tolist()
 
 
 def test_repetition_penalty_equals_transformers() -> None:

@@ -97,11 +97,12 @@ class FakeRunner:
         self._clock = clock
         self.layer_s = 0.0
 
-    def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> None:
+    def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         assert chunks
         for layer in range(LAYOUT.num_layers):
             self._clock.now_s += self.layer_s
             after_layer(layer)
+        return torch.zeros(sum(chunk.length for chunk in chunks), 1)
 
     def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | None]:
         return [None if sequence.token_ids[0] == 13 else (7, None) for sequence in batch]

@@ -1,6 +1,8 @@
 """Text to token ids and back, and chat templates, from a Hugging Face directory. No torch or transformers."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,20 @@ from kvrelay.models.json_file import read_json_object_if_any
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as they are, the others as characters from U+0100 on.
+
+    Source: `bytes_to_unicode` in https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -23,6 +39,11 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self.special_tokens = dict(special_tokens)
+        added = backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._is_byte_level = "ByteLevel" in str(backend.decoder)
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer":
@@ -70,6 +91,36 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, which need not be whole characters; a space before it counts.
+
+        Byte-level vocabularies spell bytes as characters, SentencePiece's as `<0x0A>` and a space as U+2581.
+        """
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._spell(token_id)
+        return self._bytes[token_id]
+
+    def _spell(self, token_id: int) -> bytes:
+        spelling = self._backend.id_to_token(token_id)
+        if spelling is None:  # the model may have more rows than the vocabulary
+            return b""
+        if token_id in self._added:
+            return str(spelling).encode()
+        if self._is_byte_level and all(character in _BYTES for character in spelling):
+            return bytes(_BYTES[character] for character in spelling)
+        if _BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(spelling[3:5], 16)])
+        return str(spelling).replace("\u2581", " ").encode()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest spelling in the vocabulary: no token stands for more text."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is left out of decoded text."""
+        return token_id in self._special
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

@@ -29,6 +29,7 @@ from kvrelay.wire import (
     NewToken,
     Preempted,
     Prefill,
+    PromptScored,
     Reserve,
     Reserved,
     StepReport,
@@ -114,6 +115,8 @@ class Router:
                 self._on_reserved(message, now_s)
             case Mark():
                 self._on_mark(message, now_s)
+            case PromptScored():
+                self._on_prompt_scored(message, now_s)
             case Preempted():
                 self._on_preempted(message, now_s)
             case AttemptFailed():
@@ -127,12 +130,15 @@ class Router:
                 self._on_writer_gone(WriterGone(ticket_id=ticket_id, decode_worker=decode))
         error = WorkerFailed(f"{worker_id} died: {reason}")
         for request in list(self.requests.values()):
-            needs_prefill = request.prefill == worker_id and not request.is_committed
+            is_with_decode = request.is_committed and not request.owes_prompt_logprobs
+            needs_prefill = request.prefill == worker_id and not is_with_decode
             if needs_prefill or request.decode == worker_id:
                 request.num_deaths += 1
                 self._retry(request, error, now_s)
 
-    def is_current(self, message: Mark | Reserved | Preempted | AttemptFailed | NewToken) -> bool:
+    def is_current(
+        self, message: Mark | PromptScored | Reserved | Preempted | AttemptFailed | NewToken
+    ) -> bool:
         """Whether the message is about an attempt that is still going on."""
         request = self.requests.get(message.request_id)
         return request is not None and request.decode is not None and request.attempt == message.attempt
@@ -156,6 +162,9 @@ class Router:
             self._pump(now_s)
 
     def _on_token(self, request: RoutedRequest, token: NewToken, now_s: float) -> None:
+        if request.owes_prompt_logprobs:
+            request.held.append(token)
+            return
         request.token_ids.append(token.token_id)
         request.ledger.token(now_s)
         self.counts.num_output_tokens += 1
@@ -167,6 +176,18 @@ class Router:
             self._deliver(update)
         else:
             self._end(request, update)
+
+    def _on_prompt_scored(self, message: PromptScored, now_s: float) -> None:
+        if not self.is_current(message):
+            return
+        request = self.requests[message.request_id]
+        request.prompt_logprobs += message.logprobs
+        if not request.owes_prompt_logprobs:
+            held, request.held = request.held, []
+            for token in held:
+                if self.is_current(token):  # its owner may end it at any token
+                    self._on_token(request, token, now_s)
+            self._pump(now_s)
 
     def _on_reserved(self, message: Reserved, now_s: float) -> None:
         ticket = message.ticket

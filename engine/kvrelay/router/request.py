@@ -50,7 +50,8 @@ class RoutedRequest:
     An attempt is one pass through one pair of workers. `ticket` is set from `Reserved` to the KV's arrival,
     `is_committed` once decode has the KV. A request that has not
     begun (no worker has computed anything for it) by `deadline_s` is given up. `attention` is, by phase, what
-    all attempts together have read.
+    all attempts together have read. `prompt_logprobs` grows as prefill scores the prompt (the first token has
+    nothing before it); tokens that overtake it are `held`.
     """
 
     request_id: RequestId
@@ -79,10 +80,18 @@ class RoutedRequest:
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
     attention: dict[str, AttentionUse] = field(default_factory=dict)
 
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    held: list[NewToken] = field(default_factory=list)
+
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens whose KV the next attempt computes: all but the last."""
         return len(self.token_ids) - 1
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether prefill still has to score prompt tokens."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def add_attention(self, phase: Phase, use: AttentionUse) -> None:
         """Count what a step's queries read."""
@@ -99,6 +108,7 @@ class RoutedRequest:
             max_total_tokens=self.max_total_tokens,
             params=self.params,
             seed=self.seed,
+            prompt_logprobs=self.params.prompt_logprobs if self.owes_prompt_logprobs else None,
         )
 
     def begin_attempt(self, prefill: WorkerId, decode: WorkerId) -> None:
@@ -107,6 +117,9 @@ class RoutedRequest:
         self.attempt_tokens = len(self.token_ids)
         self.prefill, self.decode, self.ticket = prefill, decode, None
         self.is_prefilled = self.is_committed = False
+        self.held.clear()
+        if self.owes_prompt_logprobs:
+            del self.prompt_logprobs[1:]
 
 
 class Observer(Protocol):

@@ -4,12 +4,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from kvrelay.errors import TransferFailed, TransportError
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
 from kvrelay.sparse import GROUP_TOKENS
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import BLOCK_SIZE, TransferTicket
-from kvrelay.wire import Abort, Filled, Filling, Prefill, StepReport, WriterGone
+from kvrelay.wire import Abort, Filled, Filling, Prefill, PromptScored, StepReport, WriterGone
 from kvrelay.worker.decode import DecodeSide
 from kvrelay.worker.parts import WorkerParts
 
@@ -50,7 +52,8 @@ class PrefillSide:
             if chunk.start == 0:
                 self._parts.mark(chunk.job.request, "prefill_started", start_s)
         try:
-            self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+            hidden = self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+            self._score(chunks, hidden)
         except RuntimeError as error:  # torch's, out of memory included
             for chunk in chunks:
                 self._drop(chunk.job)
@@ -165,6 +168,25 @@ class PrefillSide:
                     ready=self._parts.runner.copy_fence(),
                 )
             )
+
+    def _score(self, chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:
+        """Send the log-probabilities of prompts that are to be scored, slice by slice."""
+        first = 0
+        for chunk in chunks:
+            rows, request = slice(first, first + chunk.length), chunk.job.request
+            first += chunk.length
+            if request.prompt_logprobs is None:
+                continue
+            for start, logprobs in self._parts.runner.score(chunk, hidden[rows]):
+                self._parts.send(
+                    PromptScored(
+                        request_id=request.request_id,
+                        attempt=request.attempt,
+                        start=start,
+                        logprobs=tuple(logprobs),
+                    )
+                )
+                self.renew(time.monotonic())
 
     def _finish_if_done(self, job: PrefillJob) -> None:
         if not job.is_computed or job.num_outstanding_writes:

@@ -1,0 +1,131 @@
+"""The table of routes over one engine.
+
+Knows HTTP and the engine's Python API. Knows no sockets or signals: `run` has those.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from kvrelay.engine import Engine
+from kvrelay.errors import EngineClosed, KVRelayError
+from kvrelay.server.body import read_body
+from kvrelay.server.errors import Refused, error_response
+from kvrelay.server.gate import Gate
+from kvrelay.server.generation import ClientGone, EventBridge, Generation
+from kvrelay.server.openapi import Documents
+from kvrelay.server.operations import add_operations
+from kvrelay.server.plan import Plan, plan_chat, plan_completion
+from kvrelay.server.requests import ChatRequest, CompletionRequest, Sampling, parse
+from kvrelay.server.responses import ChatChunk, ChatCompletion, Completion
+from kvrelay.server.service import Service
+from kvrelay.server.streaming import Chunks, EventStream
+from kvrelay.server.writers import ChatWriter, CompletionWriter, Head, Writer
+from kvrelay.server_config import ServerConfig
+from kvrelay.version import __version__
+
+Body = TypeVar("Body", bound=Sampling)
+
+
+def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
+    """The ASGI application; the engine stays the caller's to close."""
+    service = Service(engine, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.bridge = EventBridge(engine, asyncio.get_running_loop())
+        yield
+
+    app = FastAPI(
+        title="kvrelay",
+        version=__version__,
+        description="OpenAI-compatible inference with prefill and decode in separate processes.",
+        docs_url=None,  # the pages would load their scripts from another host
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    documents = Documents()
+    router = APIRouter()
+    _add_generation(router, service, documents)
+    add_operations(router, service, documents)
+    app.include_router(router)
+    documents.install(app, with_key=config.api_key is not None)
+    for kind in (KVRelayError, Refused, HTTPException, RequestValidationError, ClientGone, Exception):
+        app.add_exception_handler(kind, _on_error)
+    app.add_middleware(Gate, config=config)
+    return app
+
+
+def _add_generation(router: APIRouter, service: Service, documents: Documents) -> None:
+    @router.post(
+        "/v1/completions",
+        **documents.route(Completion, body=CompletionRequest, chunk=Completion, runs_engine=True),
+    )
+    async def completions(request: Request) -> Response:
+        """Continue text or token ids."""
+        asked = await _read(service, request, CompletionRequest)
+        plan = await plan_completion(service.engine, asked)
+        head = Head.new("cmpl", service.model_name)
+        writer = CompletionWriter(plan, head, service.engine.tokenizer, asked.echo is True)
+        return await _answer(service, request, asked, plan, writer)
+
+    @router.post(
+        "/v1/chat/completions",
+        **documents.route(ChatCompletion, body=ChatRequest, chunk=ChatChunk, runs_engine=True),
+    )
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        asked = await _read(service, request, ChatRequest)
+        plan = await plan_chat(service.engine, asked)
+        head = Head.new("chatcmpl", service.model_name)
+        writer = ChatWriter(plan, head, service.engine.tokenizer)
+        return await _answer(service, request, asked, plan, writer)
+
+
+async def _read(service: Service, request: Request, kind: type[Body]) -> Body:
+    """The document sent; the header `X-KVRelay: 1` asks for ledger and joules as the field `kvrelay` does."""
+    asked = parse(await read_body(request, service.config), kind)
+    service.check_model(asked.model)
+    if request.headers.get("x-kvrelay", "").lower() in ("1", "true"):
+        asked = msgspec.structs.replace(asked, kvrelay=True)
+    return asked
+
+
+async def _answer(
+    service: Service, request: Request, asked: Sampling, plan: Plan, writer: Writer
+) -> Response:
+    """Run the plan; a stream's headers wait for its first tokens, so that an early failure has its status."""
+    if service.draining.is_set():
+        raise EngineClosed("the server is shutting down")
+    generation = Generation(service.bridge, plan.prepared, ends_only=not asked.stream)
+    try:
+        generation.watch(request.receive)
+        if not asked.stream:
+            document = writer.whole(await generation.outputs())
+            generation.close()
+            return Response(msgspec.json.encode(document), media_type="application/json")
+        bursts = generation.bursts()
+        first = await anext(bursts)
+    except BaseException:
+        generation.close()
+        raise
+    chunks = Chunks(plan, writer, asked.stream_options)
+    return EventStream(chunks.pieces(first, bursts), generation.close)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        error = Refused(error.status_code, message, headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        error = Refused(400, "; ".join(str(one["msg"]) for one in error.errors()))
+    return error_response(error)

@@ -1,0 +1,171 @@
+"""From a client's document to the engine's requests: prompts, sampling parameters, limits.
+
+Everything that can be refused is refused here, before anything is submitted.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from kvrelay.engine import Engine, Prepared
+from kvrelay.errors import InvalidRequest, ModelError
+from kvrelay.server.requests import MAX_PROMPTS, ChatMessage, ChatRequest, CompletionRequest, Sampling
+from kvrelay.types import SamplingParams
+
+MAX_REQUESTS = 1024  # prompts x n of one HTTP request
+LARGE_TEXT = 16_384  # characters from which tokenising leaves the loop
+_SAME_NAME = (
+    *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
+)
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one HTTP request asks of the engine: `prepared` has `n` requests for each prompt, in order."""
+
+    prompts: list[Prompt]
+    prepared: list[Prepared]
+    n: int
+    is_prompt_only: bool = False  # `max_tokens: 0`: one token is computed, and not shown
+    with_measured: bool = False  # ledger and joules go with the answer
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(len(request.token_ids) for request in self.prepared[:: self.n])
+
+
+async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
+    """Check a completion request. Raises `InvalidRequest` naming the field."""
+    prompts = _prompts(asked.prompt)
+    check_stream_options(asked)
+    n = asked.n or 1
+    if len(prompts) * n > MAX_REQUESTS:
+        raise InvalidRequest(f"n={n}: {len(prompts)} prompts x n; at most {MAX_REQUESTS} together")
+    max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
+    if max_tokens == 0 and not asked.echo:
+        raise InvalidRequest("max_tokens=0: expected at least 1, or echo=true to see the prompt only")
+    params = _params(asked, max(1, max_tokens), asked.logprobs)
+    if asked.echo and asked.logprobs is not None:
+        params = msgspec.structs.replace(params, prompt_logprobs=asked.logprobs)
+    special = asked.add_special_tokens is not False
+    prepared = []
+    for prompt in prompts:
+        one = await _prepare(engine, prompt, params, special)
+        _check_length(engine, one, max_tokens if asked.max_tokens is not None else 1)
+        prepared += _repeat(one, n)
+    return Plan(
+        prompts=prompts,
+        prepared=prepared,
+        n=n,
+        is_prompt_only=max_tokens == 0,
+        with_measured=asked.kvrelay is True,
+    )
+
+
+async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
+    """Check a chat request; without a limit the answer may fill the context. Raises `InvalidRequest`."""
+    check_stream_options(asked)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise InvalidRequest(f"top_logprobs={asked.top_logprobs}: needs logprobs=true")
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+    if limit == 0:
+        raise InvalidRequest("max_tokens=0: expected at least 1")
+    text = render(engine, asked.messages, add_generation_prompt=asked.add_generation_prompt is not False)
+    params = _params(asked, engine.max_model_len if limit is None else limit, logprobs)
+    one = await _prepare(engine, text, params, False)
+    _check_length(engine, one, limit or 1)
+    n = asked.n or 1
+    return Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
+
+
+def render(engine: Engine, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
+    """A conversation as the model's template writes it. Raises `InvalidRequest`."""
+    plain = []
+    for index, message in enumerate(messages):
+        if message.tool_calls:
+            raise InvalidRequest(f"messages[{index}].tool_calls: tool calls are not built")
+        fields = {"role": message.role, "content": _text(message, index)}
+        plain.append(fields if message.name is None else {**fields, "name": message.name})
+    try:
+        return engine.tokenizer.apply_chat_template(plain, add_generation_prompt)
+    except ModelError as error:
+        raise InvalidRequest(f"messages: {error}") from None
+
+
+async def encode(engine: Engine, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokens of a text; a long one is tokenised beside the loop. Raises `InvalidRequest` for far too long."""
+    longest = engine.max_model_len * engine.tokenizer.longest_token
+    if len(text) > longest:
+        raise InvalidRequest(
+            f"prompt: {len(text)} characters; max_model_len={engine.max_model_len} holds {longest} at most"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequest("prompt: it holds half of a surrogate pair, which is no character")
+    if len(text) < LARGE_TEXT:
+        return engine.tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(engine.tokenizer.encode, text, add_special_tokens)
+
+
+def check_stream_options(asked: Sampling) -> None:
+    """`stream_options` mean nothing without a stream."""
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidRequest("stream_options: needs stream=true")
+
+
+def _prompts(given: str | list[str | int | list[int]]) -> list[Prompt]:
+    if isinstance(given, str):
+        return [given]
+    if all(isinstance(item, int) for item in given):
+        return [[item for item in given if isinstance(item, int)]]
+    prompts = [item for item in given if not isinstance(item, int)]
+    if len(prompts) != len(given):
+        raise InvalidRequest("prompt: expected text, token ids, or a list of either; got a mixture")
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS}")
+    return prompts
+
+
+def _params(asked: Sampling, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    given = {name: value for name in _SAME_NAME if (value := getattr(asked, name)) is not None}
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+
+
+async def _prepare(engine: Engine, prompt: Prompt, params: SamplingParams, special: bool) -> Prepared:
+    if isinstance(prompt, str):
+        prompt = await encode(engine, prompt, add_special_tokens=special)
+    return engine.prepare(prompt, params)
+
+
+def _check_length(engine: Engine, prepared: Prepared, max_tokens: int) -> None:
+    needed = len(prepared.token_ids) + max_tokens
+    if needed > engine.max_model_len:
+        raise InvalidRequest(
+            f"max_tokens={max_tokens}: with {len(prepared.token_ids)} prompt tokens that makes {needed}; "
+            f"max_model_len={engine.max_model_len}"
+        )
+
+
+def _repeat(prepared: Prepared, n: int) -> list[Prepared]:
+    """The same request `n` times; a seed is counted up, so that the choices differ."""
+    params = prepared.params
+    if n == 1 or params.seed is None:
+        return [prepared] * n
+    seeds = ((params.seed + index) % 2**63 for index in range(n))
+    return [replace(prepared, params=msgspec.structs.replace(params, seed=seed)) for seed in seeds]
+
+
+def _text(message: ChatMessage, index: int) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    for part in message.content:
+        if part.type != "text" or part.text is None:
+            raise InvalidRequest(
+                f"messages[{index}].content: a part of type {part.type!r}; only text is read"
+            )
+    return "\n".join(part.text or "" for part in message.content)

@@ -1,0 +1,202 @@
+"""The documents clients get, as OpenAI defines them, with `kvrelay` beside when it was asked for."""
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from kvrelay.energy import RequestEnergy
+from kvrelay.metrics import Timings, WorkerReport
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong; `param` names the field when one is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class ErrorResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """Every response with a status from 400 on."""
+
+    error: ErrorBody
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens read and generated, all choices of the request together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One request's ledger (seconds) and joules (None where nobody measured)."""
+
+    timings: Timings
+    energy: RequestEnergy
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Per token: its spelling, log-probability, most likely alternatives, and place in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One continuation, or a piece of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion, or one chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    kvrelay: Measured | list[Measured] | UnsetType = UNSET
+
+
+class Alternative(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that could have stood here."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One generated token, and what else was likely."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities of a message's tokens."""
+
+    content: list[ChatLogprob]
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    kvrelay: Measured | list[Measured] | UnsetType = UNSET
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """One chunk of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    kvrelay: Measured | list[Measured] | UnsetType = UNSET
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["kvrelay"] = "kvrelay"
+    root: str
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that are served: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt's tokens."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
+    """The text of tokens."""
+
+    prompt: str
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the process answers, or whether it would serve a request; `reason` says why not."""
+
+    status: Literal["ok", "not ready"]
+    reason: str | None = None
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """Our version."""
+
+    version: str
+
+
+class WorkerList(msgspec.Struct, frozen=True, kw_only=True):
+    """The workers, as in the report."""
+
+    workers: list[WorkerReport]

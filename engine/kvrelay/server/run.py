@@ -1,0 +1,115 @@
+"""The server's process: its address first, then the engine, then requests, until a signal says stop.
+
+Knows sockets, signals and uvicorn. Knows nothing of documents.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from kvrelay.config import EngineConfig
+from kvrelay.engine import Engine
+from kvrelay.errors import InvalidConfig
+from kvrelay.server.app import create_app
+from kvrelay.server.connection import limited_connection
+from kvrelay.server.service import Service
+from kvrelay.server_config import ServerConfig
+
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that none is closed while it is being used
+BACKLOG = 2048
+logger = logging.getLogger("kvrelay")
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig, say: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what runs, up to `drain_timeout_s`, and return.
+
+    `say` gets one line once requests are served. Raises what the engine raises when it cannot start, and
+    `InvalidConfig` when the address is taken.
+    """
+    listener = bind(config.host, config.port)
+    with listener:
+        engine = Engine(engine_config)
+        try:
+            app = create_app(engine, config)
+            server = DrainingServer(app, config)
+            say(f"{_what(engine, app.state.service)} at {url(config.host, listener)}")
+            server.run(sockets=[listener])
+        finally:
+            engine.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on the address, not listening yet. Raises `InvalidConfig` when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InvalidConfig(f"host={host!r}, port={port}: cannot listen there: {error.strerror}") from None
+    return listener
+
+
+def url(host: str, listener: socket.socket) -> str:
+    """Where clients find the socket."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, told of limits, that ends quietly on a signal: requests in flight finish first."""
+
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=limited_connection(config),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                server_header=False,
+            )
+        )
+        self._service: Service = app.state.service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, does not raise the signal again: having drained is a normal end."""
+        if threading.current_thread() is not threading.main_thread():  # only that one may
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: leave at once."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._service.draining.set()
+
+
+def _what(engine: Engine, service: Service) -> str:
+    config = engine.config
+    roles = [role for _, role in config.roles()]
+    workers = " + ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+    return f"{service.model_name} ({workers}) is served"

@@ -1,0 +1,105 @@
+"""Server-sent events: a generation's bursts written as they come, each burst in one send.
+
+Source of the format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import msgspec
+from fastapi import Response
+from msgspec import UNSET
+from starlette.types import Receive, Scope, Send
+
+from kvrelay.errors import KVRelayError
+from kvrelay.outputs import StreamEvent
+from kvrelay.server.errors import error_body
+from kvrelay.server.generation import Burst, ClientGone
+from kvrelay.server.plan import Plan
+from kvrelay.server.requests import StreamOptions
+from kvrelay.server.writers import MaybeUsage, Writer, total_usage
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy that collects a stream defeats it
+]
+
+
+class EventStream(Response):
+    """Sends what `events` yields; `close` is called however the response ends."""
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            async for piece in self._events:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            return
+        finally:
+            self._close()
+
+
+class Chunks:
+    """The chunks of one streamed response, counting tokens as they pass."""
+
+    def __init__(self, plan: Plan, writer: Writer, options: StreamOptions | None) -> None:
+        self._plan, self._writer = plan, writer
+        self._at_end = options is not None and options.include_usage is True
+        self._always = options is not None and options.continuous_usage_stats is True
+        self._num_tokens = 0
+
+    async def pieces(self, first: Burst, rest: AsyncIterator[Burst]) -> AsyncIterator[bytes]:
+        """`first`, which has come already, then the rest; an error on the way is the last event but one."""
+        try:
+            yield self._encode(first)
+            async for burst in rest:
+                yield self._encode(burst)
+            if self._at_end:
+                usage = total_usage(self._plan, self._num_tokens)
+                yield _event(self._writer.usage_chunk(usage))
+        except KVRelayError as error:
+            yield _event(error_body(error)[1])
+        yield DONE
+
+    def _encode(self, burst: Burst) -> bytes:
+        return b"".join(
+            _event(chunk)
+            for index, event in _merged(burst)
+            for chunk in self._writer.chunks(index, event, self._usage(event))
+        )
+
+    def _usage(self, event: StreamEvent) -> MaybeUsage:
+        self._num_tokens += len(event.token_ids)
+        if self._always:
+            return total_usage(self._plan, self._num_tokens)
+        return None if self._at_end else UNSET
+
+
+def _merged(burst: Burst) -> Iterable[tuple[int, StreamEvent]]:
+    """One event for each choice of the burst: texts and tokens joined."""
+    found: dict[int, StreamEvent] = {}
+    for index, event in burst:
+        before = found.get(index)
+        found[index] = event if before is None else _joined(before, event)
+    return found.items()
+
+
+def _joined(first: StreamEvent, second: StreamEvent) -> StreamEvent:
+    return StreamEvent(
+        request_id=first.request_id,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs,
+        output=second.output,
+    )
+
+
+def _event(document: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(document) + b"\n\n"
