@@ -32,6 +32,7 @@ from kvrelay.config import cache_home
 from kvrelay.experiments.record import Gate, make_record, write_record
 from kvrelay.models.hub import resolve
 from kvrelay.models.tokenizer import Tokenizer
+from load import earlier_results
 from openai_client import Exchange, Target, closed_loop
 from peers_report import print_ratios, summary, write_plot
 from servers import PEERS, is_up, started, target
@@ -81,7 +82,7 @@ def main() -> None:
                 seed = f"{options.seed}/{cell}/{index}"
                 runs += run_round(targets, cell, prompts(tokenizer, cell, seed), index)
     path = RESULTS / f"{options.record}.json"
-    earlier = _earlier(path) if options.add else {"runs": [], "starts_s": {}, "commands": []}
+    earlier = earlier_results(path) if options.add else {"runs": [], "starts_s": {}, "commands": []}
     write(options, path, earlier, runs, starts)
 
 
@@ -180,18 +181,6 @@ def gate(runs: Sequence[dict[str, Any]], dtype: str) -> Gate:
             ),
         }
     )
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    """The results of earlier calls at this commit. Raises `SystemExit` when they are of another."""
-    if not path.exists():
-        raise SystemExit(f"--add: {path} does not exist yet")
-    record = json.loads(path.read_text())
-    commit = make_record("", {}, Gate(checks={}), {})["commit"]
-    if record["commit"] != commit:
-        raise SystemExit(f"--add: {path} is of commit {record['commit']}, this is {commit}")
-    results: dict[str, Any] = record["results"]
-    return results
 
 
 def _target(spec: str, directory: str) -> Target:

@@ -59,7 +59,9 @@ PEERS = {
     "kvrelay-1P1D": Peer(8102, f"{KVRELAY} --mode disaggregated"),
     "transformers-generate": Peer(8103, TRANSFORMERS, extra={"generation_config": NEVER_STOP}),
     "transformers-continuous": Peer(
-        8104, f"{TRANSFORMERS} --continuous-batching", extra={"generation_config": NEVER_STOP}
+        8104,
+        f"{TRANSFORMERS} --continuous-batching --cb-max-memory-percent 0.1",
+        extra={"generation_config": NEVER_STOP},
     ),
     "vllm": Peer(
         8105,

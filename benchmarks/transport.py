@@ -193,8 +193,9 @@ def main() -> None:
     )
     _show(results)
     print(f"gate: {gate.checks}")
-    record = make_record("transport", vars(options), gate, {"medians": results, "rounds": rows})
-    write_record(record, Path(__file__).parent / "results" / "transport.json")
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    record = make_record("transport", settings, gate, {"medians": results, "rounds": rows})
+    write_record(record, options.out / "transport.json")
     print(json.dumps(record))
 
 
@@ -251,6 +252,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pages", type=int, default=200, help="single pages per round")
     parser.add_argument("--large-mib", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
 

@@ -64,11 +64,10 @@ class DecodeScheduler:
         """
         batch: list[DecodeSequence] = []
         preempted: list[DecodeSequence] = []
-        for sequence in list(self.running):
-            if len(batch) == self._max_num_seqs:
-                break
-            if sequence not in self.running:
-                continue
+        position = 0
+        while position < len(self.running) and len(batch) < self._max_num_seqs:
+            sequence = self.running[position]
+            position += 1
             while not self._grow(sequence) and self.running[-1] is not sequence:
                 victim = self.running[-1]
                 self.remove(victim)

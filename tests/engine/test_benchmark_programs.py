@@ -1,0 +1,163 @@
+"""The measuring programs notice what they must: wrong counts, other words, servers' errors, broken bytes."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmark_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Answers every prompt with its first words, one piece a token; the server's `fault` goes wrong once."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = self.server.fault  # type: ignore[attr-defined]
+        if fault == "refuse":
+            self.send_error(400, "no such model")
+            return
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        count = body["max_tokens"] - (fault == "short")
+        word = "other " if fault == "other words" else "same "
+        for _ in range(count):
+            self._event({"choices": [{"index": 0, "text": word}]})
+        if fault == "error":
+            self._event({"error": {"message": "out of blocks"}})
+        if fault != "no usage":
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
+            self._event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    """Starts servers with a fault; each call returns an address."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(fault: str = "") -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+        server.fault = fault  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def run(first: str, second: str) -> Any:
+    import peers
+    from openai_client import Target
+
+    targets = [Target("kvrelay-x", first, "m"), Target("other", second, "m")]
+    cell = peers.Cell.parse("40x6@2")
+    rows = peers.run_round(targets, cell, ["x" * 40, "y" * 40, "z" * 40], 0)
+    return [{**row, "busy_percent": 0.0} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("fault", "failing"), [("", []), ("short", ["exactly", "same_text"]), ("other words", ["same_text"])]
+)
+def test_the_gate_of_peers_sees_counts_and_words(serve: Any, fault: str, failing: list[str]) -> None:
+    import peers
+
+    gate = peers.gate(run(serve(), serve(fault)), "float32")
+    red = [name for name, passed in gate.checks.items() if not passed]
+    assert len(red) == len(failing)
+    assert all(word in name for word, name in zip(failing, red, strict=True)), red
+
+
+def test_a_busy_machine_fails_the_gate(serve: Any) -> None:
+    import peers
+
+    rows = run(serve(), serve())
+    rows[0]["busy_percent"] = 50.0
+    assert not peers.gate(rows, "float32").passed
+
+
+@pytest.mark.parametrize("fault", ["refuse", "error", "no usage"])
+def test_a_servers_error_ends_the_measurement(serve: Any, fault: str) -> None:
+    from openai_client import ServerError
+
+    with pytest.raises(ServerError):
+        run(serve(), serve(fault))
+
+
+def test_ratios_say_how_many_times_better_ours_is(serve: Any) -> None:
+    from peers_report import ratios, summary
+
+    rows = run(serve(), serve())
+    for row, speed in zip(rows, (30.0, 10.0), strict=True):
+        row.update(tokens_per_s=speed, ttft_ms=100.0 / speed, tpot_ms=1.0, itl_p99_ms=1.0)
+    (servers,) = summary(rows).values()
+    assert ratios(servers) == {
+        ("kvrelay-x", "other"): {
+            "tokens_per_s": 3.0,
+            "ttft_ms": pytest.approx(3.0),
+            "tpot_ms": 1.0,
+            "itl_p99_ms": 1.0,
+        }
+    }
+
+
+def test_prompts_have_exactly_their_tokens_and_their_own_beginnings() -> None:
+    import peers
+    from kvrelay.models.tokenizer import Tokenizer
+    from real_model import smollm2_directory
+
+    tokenizer = Tokenizer.from_directory(smollm2_directory())
+    texts = peers.prompts(tokenizer, peers.Cell.parse("96x8@3"), "seed")
+    assert [len(tokenizer.encode(text)) for text in texts] == [96] * 6
+    assert len({text[:16] for text in texts}) == 6
+    assert texts == peers.prompts(tokenizer, peers.Cell.parse("96x8@3"), "seed")
+
+
+def test_transports_deliver_the_senders_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transport
+
+    arguments = ["transport.py", "--rounds", "1", "--pages", "5", "--large-mib", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    transport.main()
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["gate"]["passed"]
+    assert {"memcpy", "TCP", "shm", "inproc"} <= record["results"]["medians"].keys()
+    assert all(row["seconds"] > 0 for row in record["results"]["rounds"])
+
+
+def test_a_byte_that_differs_is_seen() -> None:
+    from contextlib import ExitStack
+
+    import transport
+
+    with ExitStack() as stack:
+        pages = transport.Pages("inproc", 4, stack)
+        pages.fill(1)
+        pages.send([0, 1], [2, 3])
+        assert pages.is_whole()
+        pages._expected.view(transport.torch.uint8)[0, 0, 2, 0, 0, 0] ^= 1
+        assert not pages.is_whole()
