@@ -52,8 +52,11 @@ class ServerError(RuntimeError):
     """The server refused a request or ended it with an error; the message is the server's."""
 
 
-def complete(target: Target, prompt: str, max_tokens: int, index: int = 0) -> Exchange:
-    """Stream one greedy completion of exactly `max_tokens` tokens. Raises `ServerError` or `OSError`."""
+def complete(target: Target, prompt: str | list[int], max_tokens: int, index: int = 0) -> Exchange:
+    """Stream one greedy completion of exactly `max_tokens` tokens; `index` is the caller's number for it.
+
+    Raises `ServerError` or `OSError`.
+    """
     body = {
         "model": target.model,
         "prompt": prompt,

@@ -35,7 +35,7 @@ from kvrelay.models.tokenizer import Tokenizer
 from load import earlier_results
 from openai_client import Exchange, Target, closed_loop
 from peers_report import print_ratios, summary, write_plot
-from servers import PEERS, is_up, started, target
+from servers import PEERS, find_target, is_up, started
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(__file__).parent / "texts"
@@ -68,7 +68,7 @@ def main() -> None:
     """Measure, print, record."""
     options = _options()
     directory = resolve(options.model, cache_home())
-    targets = [_target(spec, str(directory)) for spec in options.server]
+    targets = [find_target(spec, str(directory)) for spec in options.server]
     tokenizer = Tokenizer.from_directory(directory)
     runs: list[dict[str, Any]] = []
     starts: dict[str, float] = {}
@@ -181,13 +181,6 @@ def gate(runs: Sequence[dict[str, Any]], dtype: str) -> Gate:
             ),
         }
     )
-
-
-def _target(spec: str, directory: str) -> Target:
-    name, _, url = spec.partition("=")
-    if not url and name not in PEERS:
-        raise SystemExit(f"--server {spec}: expected NAME=URL or one of {', '.join(PEERS)}")
-    return target(name, directory, url or None)
 
 
 def _options() -> argparse.Namespace:

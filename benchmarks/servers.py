@@ -78,10 +78,16 @@ class Unavailable(RuntimeError):
     """A peer cannot be started here; the message names what is missing, or ends with what it printed."""
 
 
-def target(name: str, model: str, url: str | None = None) -> Target:
-    """How to ask the peer of that name (or, with `url`, any server that takes vLLM's `ignore_eos`)."""
-    if url is not None:
+def find_target(spec: str, model: str) -> Target:
+    """How to ask a peer of the table, or, as `NAME=URL`, any server that takes vLLM's `ignore_eos`.
+
+    Raises `SystemExit` for a name that is not in the table.
+    """
+    name, _, url = spec.partition("=")
+    if url:
         return Target(name, url, model, {"ignore_eos": True})
+    if name not in PEERS:
+        raise SystemExit(f"{spec}: expected NAME=URL or one of {', '.join(PEERS)}")
     peer = PEERS[name]
     return Target(name, f"http://{HOST}:{peer.port}", model, peer.extra)
 
@@ -119,7 +125,7 @@ def started(name: str, model: str, dtype: str) -> Iterator[float]:
             command(name, model, dtype), stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
-            while not is_up(target(name, model)):
+            while not is_up(find_target(name, model)):
                 if process.poll() is not None or time.perf_counter() - start_s > START_TIMEOUT_S:
                     log.seek(0)
                     raise Unavailable(f"{name} did not start: {log.read()[-2000:].decode(errors='replace')}")
@@ -155,7 +161,7 @@ def main() -> None:
     with ExitStack() as stack:
         for name in options.peers:
             seconds = stack.enter_context(started(name, model, options.dtype))
-            print(f"{name} at {target(name, model).url}: first token after {seconds:.1f} s", flush=True)
+            print(f"{name} at {find_target(name, model).url}: first token after {seconds:.1f} s", flush=True)
         with suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -25,7 +25,7 @@ def disaggregation(record: dict[str, Any]) -> str:
     rows = [["", "colocated, 2 threads", "1P1D, 1 + 1 threads", "1P1D / colocated"]]
     for key, name in names.items():
         figures = [medians[column][key] for column in ("colocated", "1P1D", "1P1D over colocated")]
-        rows.append([name, *(f"{figure:.3g}" if figure < 1000 else f"{figure:.0f}" for figure in figures)])
+        rows.append([name, *map(_figure, figures)])
     return _table(rows) + _source(record, "disaggregation.json")
 
 
@@ -39,7 +39,68 @@ def selection(record: dict[str, Any]) -> str:
     return _table(rows) + _source(record, "selection.json")
 
 
-TABLES = {"disaggregation": disaggregation, "selection": selection}
+def peers(record: dict[str, Any]) -> str:
+    """Every server in every cell: output tokens/s and, in brackets, time to first token; ratios to vLLM."""
+    cells = record["results"]["cells"]
+    names = list(dict.fromkeys(name for servers in cells.values() for name in servers))
+    ours = [name for name in names if name.startswith("kvrelay")]
+    rows = [["prompt x output @ in flight", *names, *(f"{name} / vllm" for name in ours)]]
+    for cell, servers in cells.items():
+        figures = [
+            f"{servers[n]['tokens_per_s']:.1f} ({servers[n]['ttft_ms']:.0f})" if n in servers else "-"
+            for n in names
+        ]
+        ratios = [
+            f"{servers[name]['tokens_per_s'] / servers['vllm']['tokens_per_s']:.2f}"
+            if {name, "vllm"} <= servers.keys()
+            else "-"
+            for name in ours
+        ]
+        rows.append([cell, *figures, *ratios])
+    return _table(rows) + _source(record, "peers.json")
+
+
+def interference(record: dict[str, Any]) -> str:
+    """The running streams' inter-token latency while long prompts are prefilled."""
+    names = {
+        "itl_p50_ms": "ITL p50 (ms)",
+        "itl_p99_ms": "ITL p99 (ms)",
+        "stream_tokens_per_s": "streams, tokens/s",
+        "prompt_ttft_ms": "long prompt, TTFT (ms)",
+    }
+    medians = record["results"]["medians"]
+    columns = ["colocated", "colocated, chunks of 128", "1P1D", "colocated / 1P1D"]
+    rows = [["", *columns]]
+    for key, name in names.items():
+        rows.append([name, *(_figure(medians[column][key]) for column in columns)])
+    return _table(rows) + _source(record, "interference.json")
+
+
+def disaggregation_map(record: dict[str, Any]) -> str:
+    """1P1D over colocated by prompt length and load: above 1, disaggregation lost."""
+    cells = {(row["length"], row["load"]): row for row in record["results"]["map"]}
+    loads = sorted({load for _, load in cells})
+    kinds = {"ttft": "TTFT", "e2e": "end to end", "itl_p99": "ITL p99"}
+    rows = [["prompt", *(f"{name}, load {load:g}" for name in kinds.values() for load in loads)]]
+    for length in sorted({length for length, _ in cells}):
+        ratios = [cells[length, load][f"{kind}_ratio"] for kind in kinds for load in loads]
+        rows.append([str(length), *(f"{ratio:.2f}" for ratio in ratios)])
+    return _table(rows) + _source(record, "disaggregation_map.json")
+
+
+def transport(record: dict[str, Any]) -> str:
+    """Large messages in GB/s and as a share of memcpy; a single page's latency."""
+    rows = [["", "64 MiB in order (GB/s)", "/ memcpy", "shuffled (GB/s)", "/ memcpy", "one page, p50 (µs)"]]
+    for name, row in record["results"]["medians"].items():
+        keys = ("large_gb_per_s", "large_over_memcpy", "shuffled_gb_per_s", "shuffled_over_memcpy")
+        rows.append([name, *(f"{row[key]:.2f}" for key in keys), f"{row['page_us']:.0f}"])
+    return _table(rows) + _source(record, "transport.json")
+
+
+TABLES = {
+    "disaggregation": disaggregation,
+    "selection": selection,
+}
 
 
 def rendered(text: str) -> str:
@@ -51,6 +112,10 @@ def rendered(text: str) -> str:
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{render(record)}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _table(rows: list[list[str]]) -> str:
