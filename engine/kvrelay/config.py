@@ -16,6 +16,7 @@ from kvrelay.types import BLOCK_SIZE, Role, WorkerId
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+MODEL_IMPLS = ("auto", "native", "torch")
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
 Settings = TypeVar("Settings", bound=msgspec.Struct)
@@ -86,7 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One engine: its model, its workers, its transport and its limits.
 
     `num_kv_blocks` is per worker (None: sized from memory). `threads_per_worker=None` shares the host's
-    cores out equally. `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest
+    cores out equally. `model_impl` is what computes the layers: `native` C++ (CPU) or `torch`.
+    `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest
     of every block on both sides of the hand-off. `lease_s` is the longest silence of a KV writer, and
     `worker_timeout_s` the longest silence of a busy worker, before it is given up.
 
@@ -110,6 +112,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     transport: str = "shm"
     device: str = "auto"
     dtype: str = "auto"
+    model_impl: str = "auto"
     attention: str | SparseAttention = "dense"
     policy: str = "least_loaded"
     max_model_len: int | None = None
@@ -140,6 +143,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _check_choice("mode", self.mode, MODES)
         _check_choice("device", self.device.split(":")[0], DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("model_impl", self.model_impl, MODEL_IMPLS)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker"):
             check_at_least(field, getattr(self, field), 1)

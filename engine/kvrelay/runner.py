@@ -11,6 +11,7 @@ import torch
 from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.store import KVStore
 from kvrelay.models.decoder import Decoder
+from kvrelay.models.native import NativeDecoder, pages_of
 from kvrelay.sampler import Row, Sampled, sample, score
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
@@ -29,13 +30,14 @@ class Runner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | NativeDecoder,
         store: KVStore,
         eos_token_ids: frozenset[int],
         sparse: SparseAttention | None = None,
     ) -> None:
         self.decoder, self.store, self.eos_token_ids = decoder, store, eos_token_ids
         self.sparse = sparse
+        self._pages = pages_of(store.pages) if isinstance(decoder, NativeDecoder) else None
         self.attention: list[AttentionUse] = []
 
     @torch.inference_mode()
@@ -76,12 +78,7 @@ class Runner:
     @torch.inference_mode()
     def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:
         """One more token for each sequence, None where its logits are not finite; stores its K and V."""
-        spans = [
-            Span(sequence.num_cached, 1, sequence.block_ids, self.sparse_of(sequence.request))
-            for sequence in batch
-        ]
-        hidden = self._forward([sequence.token_ids[-1] for sequence in batch], spans, None)
-        return sample(self.decoder.logits(hidden), [self._row(sequence) for sequence in batch])
+        return sample(self._logits(batch), [self._row(sequence) for sequence in batch])
 
     def sparse_of(self, request: RequestSpec) -> SparseAttention | None:
         """The request's settings, or the engine's; `"auto"` in a request is what the engine measured."""
@@ -107,6 +104,19 @@ class Runner:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event.synchronize
+
+    def _logits(self, batch: Sequence[DecodeSequence]) -> torch.Tensor:
+        """float32 logits [B, vocab] of each sequence's newest token, whose K and V are stored."""
+        tokens = [sequence.token_ids[-1] for sequence in batch]
+        if isinstance(self.decoder, NativeDecoder) and self._pages is not None and self.sparse is None:
+            lengths = [len(sequence.token_ids) for sequence in batch]
+            self.attention = []
+            return self.decoder.step(tokens, lengths, [sequence.block_ids for sequence in batch], self._pages)
+        spans = [
+            Span(sequence.num_cached, 1, sequence.block_ids, self.sparse_of(sequence.request))
+            for sequence in batch
+        ]
+        return self.decoder.logits(self._forward(tokens, spans, None))
 
     def _forward(
         self, tokens: list[int], spans: list[Span], after_layer: Callable[[int], None] | None

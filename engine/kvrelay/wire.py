@@ -100,6 +100,7 @@ class Hello(Message, frozen=True, kw_only=True):
     pid: int
     role: Role
     device: str
+    model_impl: str
     num_threads: int
     descriptor: Descriptor
     load_s: float

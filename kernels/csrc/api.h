@@ -10,6 +10,7 @@ enum Status : int32_t {
   kBadLengths = 1,    // cu_seqlens_q and seq_lens disagree with each other or with the table
   kBadTable = 2,      // a used block_table entry is no page
   kBadSelection = 3,  // a listed block lies outside its sequence
+  kBadToken = 4,      // a token id outside the vocabulary
 };
 
 // One layer's paged keys and values: K and V are [num_blocks, num_kv_heads, 64, head_dim].
@@ -54,6 +55,41 @@ struct TreeConfig {
   double top_p;  // above 1: none
 };
 
+// Packed weights of a linear layer; num_in is even. `bias` may be null.
+struct Linear {
+  const void *weight;
+  const float *bias;
+  int64_t num_in, num_out;
+  int32_t dtype;
+};
+
+// A decoder layer. gate_up holds the panels of gate and up alternately, its outputs counted with padding;
+// qk_norm [num_q_heads + num_kv_heads, head_dim] may be null.
+struct Layer {
+  const float *input_norm, *qk_norm, *mlp_norm;
+  Linear qkv, output, gate_up, down;
+};
+
+// A Llama-like decoder. `embedding` is packed too, and may be the head.
+struct Model {
+  const Layer *layers;
+  Linear embedding, head;
+  const float *norm, *inverse_frequencies;  // [hidden], [head_dim / 2]
+  int64_t hidden, intermediate, vocab;
+  int32_t num_layers, num_q_heads, num_kv_heads, head_dim, num_threads;
+  float eps, rotary_factor;
+};
+
+// One token of each of `batch` sequences. seq_lens count the new token; pages are those of every layer.
+struct Step {
+  const int32_t *token_ids, *seq_lens, *block_table;
+  const void *const *k_pages, *const *v_pages;
+  int64_t k_stride[3], v_stride[3];
+  int64_t batch, table_stride, max_blocks, num_blocks;
+  int32_t kv_dtype;
+  float *logits;  // [batch, vocab]
+};
+
 extern "C" {
 int32_t kvr_supported();
 int32_t kvr_prefill(const PagedKV *, const Queries *, const Lists *, const Outputs *);
@@ -62,4 +98,14 @@ int32_t kvr_merge(const void *outs, const float *lses, int64_t splits, int64_t r
                   int32_t dtype, int32_t num_threads, void *out, float *lse);
 int32_t kvr_update_stats(const PagedKV *, const Stats *, const int32_t *num_new_tokens);
 int32_t kvr_select_tree(const PagedKV *, const Queries *, const Stats *, const TreeConfig *, const Lists *);
+int64_t kvr_panel();
+int32_t kvr_pack(const void *weights, const Linear *, void *to, int32_t num_threads);
+int32_t kvr_linear(const float *x, int64_t rows, const Linear *, int32_t num_threads, float *out);
+int32_t kvr_embed(const Model *, const int64_t *token_ids, int64_t rows, float *out);
+int32_t kvr_rotary(const Model *, const int64_t *positions, int64_t rows, float *out);
+int32_t kvr_before_attention(const Model *, int32_t layer, const float *hidden, const float *rotary, int64_t rows,
+                             float *qkv);
+int32_t kvr_after_attention(const Model *, int32_t layer, const float *attended, int64_t rows, float *hidden);
+int32_t kvr_last_norm(const Model *, const float *hidden, int64_t rows, float *out);
+int32_t kvr_step(const Model *, const Step *);
 }

@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "merge.h"
 #include "prefill.h"
+#include "transformer.h"
 #include "tree_selection.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -72,5 +73,60 @@ EXPORT int32_t kvr_select_tree(const PagedKV *kv, const Queries *queries, const 
     if (s.q_len > 0 && s.offset() % 64) return kBadLengths;
   }
   with_dtype(kv->dtype, [&](auto type) { select_tree<decltype(type)>(*kv, *queries, *stats, *config, *lists); });
+  return kOk;
+}
+
+EXPORT int64_t kvr_panel() { return kPanel; }
+
+EXPORT int32_t kvr_pack(const void *weights, const Linear *linear, void *to, int32_t num_threads) {
+  with_dtype(linear->dtype, [&](auto type) {
+    using T = decltype(type);
+    pack(static_cast<const T *>(weights), *linear, static_cast<T *>(to), num_threads);
+  });
+  return kOk;
+}
+
+EXPORT int32_t kvr_linear(const float *x, int64_t rows, const Linear *weights, int32_t num_threads, float *out) {
+  linear({x, rows, weights->num_in}, *weights, num_threads,
+         [&](int64_t row, int64_t first, const float *values, int64_t count) {
+           memcpy(out + row * weights->num_out + first, values, count * sizeof(float));
+         });
+  return kOk;
+}
+
+EXPORT int32_t kvr_embed(const Model *model, const int64_t *token_ids, int64_t rows, float *out) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (token_ids[r] < 0 || token_ids[r] >= model->vocab) return kBadToken;
+  for_rows(rows, model->num_threads,
+           [&](int64_t r) { unpack(model->embedding, token_ids[r], out + r * model->hidden); });
+  return kOk;
+}
+
+EXPORT int32_t kvr_rotary(const Model *model, const int64_t *positions, int64_t rows, float *out) {
+  for_rows(rows, model->num_threads,
+           [&](int64_t r) { rotary_row(*model, positions[r], out + r * model->head_dim); });
+  return kOk;
+}
+
+EXPORT int32_t kvr_before_attention(const Model *model, int32_t layer, const float *hidden, const float *rotary,
+                                    int64_t rows, float *qkv) {
+  before_attention(*model, model->layers[layer], hidden, rotary, rows, qkv);
+  return kOk;
+}
+
+EXPORT int32_t kvr_after_attention(const Model *model, int32_t layer, const float *attended, int64_t rows,
+                                   float *hidden) {
+  after_attention(*model, model->layers[layer], attended, rows, hidden);
+  return kOk;
+}
+
+EXPORT int32_t kvr_last_norm(const Model *model, const float *hidden, int64_t rows, float *out) {
+  norm_rows(*model, hidden, model->norm, rows, out);
+  return kOk;
+}
+
+EXPORT int32_t kvr_step(const Model *model, const Step *step) {
+  if (const Status status = check_step(*model, *step)) return status;
+  with_dtype(step->kv_dtype, [&](auto type) { decode_step<decltype(type)>(*model, *step); });
   return kOk;
 }

@@ -14,6 +14,12 @@
 
 namespace {
 
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t)> &body) {
@@ -21,20 +27,28 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     for (; workers_ < job.open_places; ++workers_) std::thread([this] { work(); }).detach();
     const auto place = jobs_.insert(jobs_.end(), &job);
+    announced_.fetch_add(1, std::memory_order_release);
+    const bool wake = sleeping_ > 0;
     lock.unlock();
-    wake_.notify_all();
+    if (wake) wake_.notify_all();
     job.drain();
     lock.lock();
     jobs_.erase(place);
-    done_.wait(lock, [&] { return job.helpers == 0; });
+    lock.unlock();
+    for (int spins = 0; job.helpers.load(std::memory_order_acquire) > 0; ++spins)  // each on its last item
+      spins < kSpins ? relax() : std::this_thread::yield();
   }
 
  private:
+  // A helper without work looks for the next job this often before it sleeps, some tens of microseconds: a
+  // model's step is hundreds of jobs with little between them, and waking a sleeper costs more than most.
+  static constexpr int kSpins = 2000;
+
   struct Job {
     const std::function<void(int64_t)> &body;
     int64_t count;
     int open_places;
-    int helpers = 0;
+    std::atomic<int> helpers{0};
     std::atomic<int64_t> next{0};
     void drain() {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
@@ -50,21 +64,30 @@ class Pool {
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      Job *job = nullptr;
-      wake_.wait(lock, [&] { return (job = open_job()) != nullptr; });
-      --job->open_places;
-      ++job->helpers;
+      if (Job *job = open_job()) {
+        --job->open_places;
+        job->helpers.fetch_add(1, std::memory_order_relaxed);
+        lock.unlock();
+        job->drain();
+        job->helpers.fetch_sub(1, std::memory_order_release);  // the job may be gone from here on
+        lock.lock();
+        continue;
+      }
+      const uint64_t seen = announced_.load(std::memory_order_relaxed);
       lock.unlock();
-      job->drain();
+      for (int i = 0; i < kSpins && announced_.load(std::memory_order_relaxed) == seen; ++i) relax();
       lock.lock();
-      if (--job->helpers == 0) done_.notify_all();
+      ++sleeping_;
+      wake_.wait(lock, [&] { return announced_.load(std::memory_order_relaxed) != seen; });
+      --sleeping_;
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   std::list<Job *> jobs_;
-  int workers_ = 0;
+  std::atomic<uint64_t> announced_{0};
+  int workers_ = 0, sleeping_ = 0;
 };
 
 // Never destroyed: workers may outlive static destructors.

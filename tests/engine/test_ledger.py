@@ -169,6 +169,7 @@ def totals() -> WorkerTotals:
             pid=1,
             role="prefill",
             device="cpu",
+            model_impl="torch",
             num_threads=1,
             descriptor=descriptor,
             load_s=0.5,

@@ -66,7 +66,14 @@ def hello(worker_id: str, role: Role, num_kv_blocks: int = POOL_BLOCKS) -> Hello
         transport="inproc", worker_id=worker, epoch=1, layout=LAYOUT, num_blocks=num_kv_blocks, address={}
     )
     return Hello(
-        worker_id=worker, pid=1, role=role, device="cpu", num_threads=1, descriptor=descriptor, load_s=0.0
+        worker_id=worker,
+        pid=1,
+        role=role,
+        device="cpu",
+        model_impl="torch",
+        num_threads=1,
+        descriptor=descriptor,
+        load_s=0.0,
     )
 
 

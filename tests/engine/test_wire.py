@@ -75,6 +75,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
             pid=1,
             role="colocated",
             device="cpu",
+            model_impl="native-avx2",
             num_threads=2,
             descriptor=DESCRIPTOR,
             load_s=0.5,

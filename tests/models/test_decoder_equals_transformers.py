@@ -7,8 +7,16 @@ from tiny_models import ARCHITECTURES, ROPES, VOCAB, DenseSequences, greedy, sav
 
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
+from kvrelay.models.native import NativeDecoder
+from kvrelay_kernels.cpu.native import library
 
 NUM_PROMPT, NUM_NEW = 70, 40  # past the 64 original positions of the scaled ropes
+
+
+native = pytest.param(
+    "native", marks=pytest.mark.skipif(library.instruction_set() is None, reason=library.HOW_TO_BUILD)
+)
+IMPLS = ["torch", native]
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -33,35 +41,43 @@ def reference_greedy(model: Any, token_ids: list[int], num_tokens: int) -> list[
     return out[0, len(token_ids) :].tolist()
 
 
-def load(model: Any, directory: Path, max_shard_size: str = "1GB") -> Decoder:
-    return load_model(saved(model, directory, max_shard_size), "cpu", torch.float32)
+def load(
+    model: Any, directory: Path, max_shard_size: str = "1GB", impl: str = "torch"
+) -> Decoder | NativeDecoder:
+    decoder = load_model(saved(model, directory, max_shard_size), "cpu", torch.float32, impl)
+    assert decoder.impl.startswith(impl)
+    return decoder
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_equal(architecture: str, rope: str, tmp_path: Path) -> None:
+def test_logits_equal(architecture: str, rope: str, impl: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, rope)
-    decoder = load(model, tmp_path)
+    decoder = load(model, tmp_path, impl=impl)
     token_ids = prompt(NUM_PROMPT + NUM_NEW)
     [logits] = DenseSequences(decoder, 1).forward([(0, token_ids)])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, reference_logits(model, token_ids), rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_equal_generate(architecture: str, rope: str, tmp_path: Path) -> None:
+def test_greedy_tokens_equal_generate(architecture: str, rope: str, impl: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, rope)
     prompts = [prompt(NUM_PROMPT, seed=1), prompt(5, seed=2)]
-    outputs = greedy(load(model, tmp_path), prompts, NUM_NEW)
+    outputs = greedy(load(model, tmp_path, impl=impl), prompts, NUM_NEW)
     assert outputs == [reference_greedy(model, token_ids, NUM_NEW) for token_ids in prompts]
     assert all(len(set(output)) > 5 for output in outputs), "the model repeats itself: the test proves little"
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-untied"])
-def test_sharded_equals_unsharded(architecture: str, tmp_path: Path) -> None:
+def test_sharded_equals_unsharded(architecture: str, impl: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
-    whole, sharded = load(model, tmp_path / "whole"), load(model, tmp_path / "sharded", "60KB")
+    whole = load(model, tmp_path / "whole", impl=impl)
+    sharded = load(model, tmp_path / "sharded", "60KB", impl)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     [expected], [logits] = (
         DenseSequences(decoder, 1).forward([(0, prompt(9))]) for decoder in (whole, sharded)
@@ -69,8 +85,9 @@ def test_sharded_equals_unsharded(architecture: str, tmp_path: Path) -> None:
     assert torch.equal(logits, expected)
 
 
-def test_chunks_and_neighbours_do_not_matter(tmp_path: Path) -> None:
-    decoder = load(tiny_model("qwen3"), tmp_path)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_chunks_and_neighbours_do_not_matter(impl: str, tmp_path: Path) -> None:
+    decoder = load(tiny_model("qwen3"), tmp_path, impl=impl)
     first, second = prompt(33, seed=3), prompt(17, seed=4)
     [alone] = DenseSequences(decoder, 1).forward([(0, first)])
     together = DenseSequences(decoder, 2)
@@ -81,7 +98,7 @@ def test_chunks_and_neighbours_do_not_matter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_reach_attend_and_hidden(dtype: torch.dtype, tmp_path: Path) -> None:
-    decoder = load_model(saved(tiny_model("qwen3"), tmp_path), "cpu", dtype)
+    decoder = load_model(saved(tiny_model("qwen3"), tmp_path), "cpu", dtype, "torch")
     seen: list[tuple[torch.dtype, torch.Size]] = []
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -96,9 +113,10 @@ def test_dtypes_reach_attend_and_hidden(dtype: torch.dtype, tmp_path: Path) -> N
     assert seen[:3] == [(dtype, (2, 4, 32)), (dtype, (2, 2, 32)), (dtype, (2, 2, 32))]
 
 
-def test_bfloat16_is_close_to_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bfloat16_is_close_to_transformers(impl: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    decoder = load_model(saved(model, tmp_path), "cpu", torch.bfloat16)
+    decoder = load_model(saved(model, tmp_path), "cpu", torch.bfloat16, impl)
     token_ids = prompt(40)
     exact = reference_logits(model, token_ids)
     [logits] = DenseSequences(decoder, 1).forward([(0, token_ids)])

@@ -10,6 +10,7 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvrelay.models.decoder import Decoder
+from kvrelay.models.native import NativeDecoder
 
 VOCAB = 97
 MAX_POSITIONS = 256
@@ -98,7 +99,7 @@ def rewrite_json(path: Path, **changes: Any) -> None:
 class DenseSequences:
     """Runs a decoder on several sequences at once, keeping keys and values in plain tensors."""
 
-    def __init__(self, decoder: Decoder, num_sequences: int) -> None:
+    def __init__(self, decoder: Decoder | NativeDecoder, num_sequences: int) -> None:
         empty = torch.empty(0, decoder.spec.num_kv_heads, decoder.spec.head_dim, dtype=decoder.dtype)
         self.decoder = decoder
         self.cache = [[(empty, empty)] * num_sequences for _ in range(decoder.spec.num_layers)]
@@ -130,7 +131,9 @@ class DenseSequences:
         return scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
 
-def greedy(decoder: Decoder, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+def greedy(
+    decoder: Decoder | NativeDecoder, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
     """Return `num_tokens` greedy tokens for each prompt, all sequences decoded together, ends ignored."""
     sequences = DenseSequences(decoder, len(prompts))
     outputs: list[list[int]] = [[] for _ in prompts]

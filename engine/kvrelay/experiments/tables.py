@@ -35,7 +35,9 @@ def worker_table(report: Report) -> Table:
         sent = f"{worker.kv_bytes_written / 1e6:.1f} MB"
         blocks = f"{worker.peak_blocks}/{worker.num_blocks}"
         state = worker.worker_id if worker.is_alive else f"{worker.worker_id} (dead)"
-        table.add_row(state, str(worker.pid), f"{worker.device} {worker.dtype}", *busy, sent, blocks)
+        table.add_row(
+            state, str(worker.pid), f"{worker.device} {worker.dtype} {worker.model_impl}", *busy, sent, blocks
+        )
     return table
 
 

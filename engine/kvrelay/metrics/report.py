@@ -133,6 +133,7 @@ class WorkerReport(msgspec.Struct, kw_only=True):
     role: Role
     device: str
     dtype: str
+    model_impl: str
     num_threads: int
     load_s: float
     is_alive: bool
@@ -204,6 +205,7 @@ def worker_report(totals: WorkerTotals, joules: float | None) -> WorkerReport:
         role=hello.role,
         device=hello.device,
         dtype=hello.descriptor.layout.dtype,
+        model_impl=hello.model_impl,
         num_threads=hello.num_threads,
         load_s=hello.load_s,
         is_alive=totals.is_alive,

@@ -55,6 +55,11 @@ class Decoder:
     head: torch.Tensor  # [vocab, hidden]; the embedding itself when tied
 
     @property
+    def impl(self) -> str:
+        """What computes: torch."""
+        return "torch"
+
+    @property
     def device(self) -> torch.device:
         """Device of every weight."""
         return self.embedding.device

@@ -40,7 +40,7 @@ def load_parts(
     dtype = choose_dtype(config.engine.dtype, spec.dtype_name, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    decoder = load_model(directory, device, DTYPES[dtype])
+    decoder = load_model(directory, device, DTYPES[dtype], config.engine.model_impl)
     layout = KVLayout(
         model=model_identity(directory),
         dtype=dtype,

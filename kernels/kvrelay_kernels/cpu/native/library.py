@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kvrelay_kernels.cpu.native.transformer_structs import SIGNATURES as TRANSFORMER_SIGNATURES
+
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 HOW_TO_BUILD = "python setup.py build_ext --inplace"
@@ -88,6 +90,7 @@ _SIGNATURES = {
     "kvr_merge": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p),
     "kvr_update_stats": (c_void_p,) * 3,
     "kvr_select_tree": (c_void_p,) * 5,
+    **TRANSFORMER_SIGNATURES,
 }
 
 
@@ -102,13 +105,13 @@ def _load() -> tuple[str, ctypes.CDLL] | None:
 
 
 def load_from(path: Path) -> ctypes.CDLL | None:
-    """The library at ``path`` with its signatures declared; None if it is not for this platform."""
+    """The library at ``path`` with its signatures declared; None if not for this platform, or out of date."""
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError:  # built for another system
+        for name, argument_types in _SIGNATURES.items():
+            getattr(loaded, name).argtypes = argument_types
+    except (OSError, AttributeError):  # built for another system; built before a function was added
         return None
-    for name, argument_types in _SIGNATURES.items():
-        getattr(loaded, name).argtypes = argument_types
     return loaded
 
 
@@ -132,5 +135,5 @@ def why_not(dtype: torch.dtype, head_dim: int) -> str | None:
     if head_dim % 8:
         return f"head_dim is {head_dim}, needed a multiple of 8"
     if _load() is None:
-        return f"the C++ extension is not built; in a checkout: {HOW_TO_BUILD}"
+        return f"the C++ extension is not built, or of an older source; in a checkout: {HOW_TO_BUILD}"
     return None

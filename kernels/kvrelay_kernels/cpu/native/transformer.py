@@ -1,0 +1,181 @@
+"""A C++ Llama-like decoder: layers around attention, and a whole decode step in one call.
+
+``csrc/transformer.h``. Weights are float32 or bfloat16, arithmetic is float32. A row's result does not depend
+on its batch. Knows nothing of checkpoints.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvrelay_kernels.cpu.native.library import DTYPES, library
+from kvrelay_kernels.cpu.native.linear import PackedLinear, float_rows
+from kvrelay_kernels.cpu.native.transformer_structs import LayerStruct, ModelStruct, StepStruct
+from kvrelay_kernels.errors import InvalidArgument
+
+_STATUS = {
+    1: ("seq_lens", "1 or more tokens each, and blocks for them"),
+    2: ("block_table", "pages of the pool"),
+    4: ("token_ids", "ids within the vocabulary"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLayer:
+    """One layer. ``gate_up`` is packed from ``interleave(gate, up)``; norms are float32 ``[hidden]``.
+
+    ``qk_norm`` is float32 ``[num_q_heads + num_kv_heads, head_dim]`` or None.
+    """
+
+    input_norm: Tensor
+    qkv: PackedLinear
+    qk_norm: Tensor | None
+    output: PackedLinear
+    mlp_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+    @property
+    def struct(self) -> LayerStruct:
+        """As the C interface takes it; points into this object's tensors."""
+        qk_norm = None if self.qk_norm is None else self.qk_norm.data_ptr()
+        norms = (self.input_norm.data_ptr(), qk_norm, self.mlp_norm.data_ptr())
+        return LayerStruct(*norms, *(x.struct for x in (self.qkv, self.output, self.gate_up, self.down)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedModel:
+    """All weights, and the numbers that are none: ``inverse_frequencies`` float32 ``[head_dim / 2]``."""
+
+    layers: Sequence[PackedLayer]
+    embedding: PackedLinear
+    head: PackedLinear
+    norm: Tensor
+    inverse_frequencies: Tensor
+    rotary_factor: float
+    eps: float
+    intermediate: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Pages:
+    """The paged K and V of every layer, each ``[num_blocks, num_kv_heads, 64, head_dim]``, strides alike."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        k, v = layers[0]
+        if k.dtype not in DTYPES or k.stride(-1) != 1 or v.stride(-1) != 1 or k.shape[2] != 64:
+            got = (k.dtype, tuple(k.shape), k.stride())
+            raise InvalidArgument("pages", needed="float32 or bfloat16, 64 tokens, dense channels", got=got)
+        self.tensors, self.first = list(layers), (k, v)
+        pointers = ctypes.c_void_p * len(layers)
+        self.k = pointers(*(k.data_ptr() for k, _ in layers))
+        self.v = pointers(*(v.data_ptr() for _, v in layers))
+
+
+class Transformer:
+    """Runs a ``PackedModel``."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+        self._layers = (LayerStruct * len(model.layers))(*(layer.struct for layer in model.layers))
+        self._struct = ModelStruct(
+            layers=ctypes.addressof(self._layers),
+            embedding=model.embedding.struct,
+            head=model.head.struct,
+            norm=model.norm.data_ptr(),
+            inverse_frequencies=model.inverse_frequencies.data_ptr(),
+            hidden=model.embedding.num_in,
+            intermediate=model.intermediate,
+            vocab=model.head.num_out,
+            num_layers=len(model.layers),
+            num_q_heads=model.num_q_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            eps=model.eps,
+            rotary_factor=model.rotary_factor,
+        )
+        self.hidden_size, self.vocab_size = model.embedding.num_in, model.head.num_out
+        self.num_layers, self.head_dim = len(model.layers), model.head_dim
+        self.num_q_heads, self.num_kv_heads = model.num_q_heads, model.num_kv_heads
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 ``[rows]`` -> float32 ``[rows, hidden]``; ``InvalidArgument`` for an id outside."""
+        token_ids = token_ids.long().contiguous()
+        out = torch.empty(len(token_ids), self.hidden_size)
+        _check(library().kvr_embed(self._pointer, token_ids.data_ptr(), len(out), out.data_ptr()))
+        return out
+
+    def rotary(self, positions: Tensor) -> Tensor:
+        """int64 ``[rows]`` -> float32 ``[rows, head_dim]``: cosines, then sines."""
+        positions = positions.long().contiguous()
+        out = torch.empty(len(positions), self.head_dim)
+        library().kvr_rotary(self._pointer, positions.data_ptr(), len(out), out.data_ptr())
+        return out
+
+    def before_attention(self, layer: int, hidden: Tensor, rotary: Tensor) -> Tensor:
+        """``hidden [rows, hidden]`` -> float32 ``[rows, q + k + v heads, head_dim]``, q and k rotated."""
+        hidden = float_rows(hidden, self.hidden_size)
+        qkv = torch.empty(len(hidden), self.num_q_heads + 2 * self.num_kv_heads, self.head_dim)
+        pointers = (hidden.data_ptr(), rotary.data_ptr(), len(hidden), qkv.data_ptr())
+        library().kvr_before_attention(self._pointer, layer, *pointers)
+        return qkv
+
+    def after_attention(self, layer: int, attended: Tensor, hidden: Tensor) -> None:
+        """Output projection of ``attended [rows, q heads * head_dim]``, then MLP: ``hidden`` in place."""
+        attended = float_rows(attended, self.num_q_heads * self.head_dim)
+        library().kvr_after_attention(
+            self._pointer, layer, attended.data_ptr(), len(attended), hidden.data_ptr()
+        )
+
+    def last_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the head, ``[rows, hidden]``."""
+        hidden = float_rows(hidden, self.hidden_size)
+        out = torch.empty_like(hidden)
+        library().kvr_last_norm(self._pointer, hidden.data_ptr(), len(hidden), out.data_ptr())
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden [rows, hidden]`` after the last norm -> float32 ``[rows, vocab]``."""
+        return self._model.head(hidden)
+
+    def step(self, token_ids: Tensor, seq_lens: Tensor, block_table: Tensor, pages: Pages) -> Tensor:
+        """A decode step: float32 logits ``[batch, vocab]`` of one new token for each sequence.
+
+        ``token_ids [batch]``, ``seq_lens [batch]`` (the new token included) and ``block_table [batch,
+        max_blocks]`` are contiguous int32. Its K and V are stored in the pages. Raises ``InvalidArgument``.
+        """
+        k, v = pages.first
+        logits = torch.empty(len(token_ids), self.vocab_size)
+        step = StepStruct(
+            token_ids=token_ids.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            block_table=block_table.data_ptr(),
+            k_pages=ctypes.addressof(pages.k),
+            v_pages=ctypes.addressof(pages.v),
+            k_stride=k.stride()[:3],
+            v_stride=v.stride()[:3],
+            batch=len(token_ids),
+            table_stride=block_table.shape[1],
+            max_blocks=block_table.shape[1],
+            num_blocks=k.shape[0],
+            kv_dtype=DTYPES[k.dtype],
+            logits=logits.data_ptr(),
+        )
+        _check(library().kvr_step(self._pointer, ctypes.addressof(step)))
+        return logits
+
+    @property
+    def _pointer(self) -> int:
+        self._struct.num_threads = torch.get_num_threads()
+        return ctypes.addressof(self._struct)
+
+
+def _check(status: int) -> None:
+    if status:
+        argument, needed = _STATUS[status]
+        raise InvalidArgument(argument, needed=needed, got="others")
