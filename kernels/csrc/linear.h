@@ -132,17 +132,24 @@ inline const float *widened(const BFloat16 *panel, int64_t num_in, float *to) {
   return to;
 }
 
+// Rows of a register tile such that all tiles of `rows` are about as full: a tile of two costs as much as four.
+inline int64_t even_rows(int64_t rows) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  return (rows + tiles - 1) / tiles;
+}
+
 // tile[rows][kPair] of one pair of panels.
 template <class T>
 void many_rows(const Inputs &x, const Linear &linear, int64_t pair, float *tile) {
   alignas(64) float wide[kInputBlock * kPanel];
+  const int64_t together = even_rows(x.rows);
   std::fill(tile, tile + x.rows * kPair, 0.0f);
   for (int64_t input = 0; input < linear.num_in; input += kInputBlock) {
     const int64_t num_in = std::min<int64_t>(kInputBlock, linear.num_in - input);
     for (int p = 0; p < 2; ++p) {
       const float *panel = widened(panel_of<T>(linear, pair * 2 + p, input), num_in, wide);
-      for (int64_t row = 0; row < x.rows; row += kTileRows)
-        with_count<kTileRows>(std::min<int64_t>(kTileRows, x.rows - row), [&](auto count) {
+      for (int64_t row = 0; row < x.rows; row += together)
+        with_count<kTileRows>(std::min(together, x.rows - row), [&](auto count) {
           const float *at = x.data + row * x.stride + input;
           tile_rows<decltype(count)::value>(at, x.stride, panel, num_in, tile + row * kPair + p * kPanel);
         });
@@ -179,7 +186,9 @@ template <class T, class Store>
 void linear_few(const Inputs &x, const Linear &linear, int threads, const Store &store) {
   parallel_for(num_pairs(linear), threads, [&](int64_t pair) {
     alignas(64) float tile[kTileRows * kPair];
-    with_count<kTileRows>(x.rows, [&](auto rows) { few_rows_of_pair<decltype(rows)::value, T>(x, linear, pair, tile); });
+    with_count<kTileRows>(x.rows, [&](auto rows) {
+      few_rows_of_pair<decltype(rows)::value, T>(x, linear, pair, tile);
+    });
     for (int64_t r = 0; r < x.rows; ++r) put(linear, r, pair * kPair, tile + r * kPair, store);
   });
 }
