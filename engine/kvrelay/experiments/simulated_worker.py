@@ -222,6 +222,7 @@ def hello_of(model: WorkerModel) -> Hello:
         pid=0,
         role=model.role,
         device="simulated",
+        model_impl="simulated",
         num_threads=1,
         descriptor=descriptor,
         load_s=0.0,
