@@ -87,9 +87,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One engine: its model, its workers, its transport and its limits.
 
     `num_kv_blocks` is per worker (None: sized from memory). `threads_per_worker=None` shares the host's
-    cores out equally. `model_impl` is what computes the layers: `native` C++ (CPU) or `torch`.
-    `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest
-    of every block on both sides of the hand-off. `lease_s` is the longest silence of a KV writer, and
+    cores out equally; `pin_threads` gives each worker process cores of its own where their threads together
+    are as many as the usable cores (CPU only). `model_impl` is what computes the layers: `native` C++ (CPU)
+    or `torch`. `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest of every
+    block on both sides of the hand-off. `lease_s` is the longest silence of a KV writer, and
     `worker_timeout_s` the longest silence of a busy worker, before it is given up.
 
     `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
@@ -120,6 +121,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefill_chunk_tokens: int | None = 512
     max_num_seqs: int = 64
     threads_per_worker: int | None = None
+    pin_threads: bool = True
     meter: str = "auto"
     power_model: str | None = None
     verify_kv: bool = False
@@ -182,10 +184,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def worker_threads(self, worker_id: WorkerId) -> int:
         """Compute threads of a worker: as asked, else an equal share of the usable cores."""
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usable = len(usable_cores()) or os.cpu_count() or 1
         listed = dict(self._listed()).get(worker_id)
         asked = listed.threads if listed is not None else None
         return asked or self.threads_per_worker or max(1, usable // len(self.roles()))
+
+    def worker_cores(self, worker_id: WorkerId) -> tuple[int, ...]:
+        """The cores a worker process is bound to; none when it may run anywhere."""
+        threads = {worker: self.worker_threads(worker) for worker, _ in self.roles()}
+        usable = usable_cores()
+        if not self.pin_threads or sum(threads.values()) != len(usable):
+            return ()
+        before = list(threads)[: list(threads).index(worker_id)]
+        first = sum(threads[worker] for worker in before)
+        return usable[first : first + threads[worker_id]]
 
     def of_worker(self, worker_id: WorkerId) -> "EngineConfig":
         """The same settings as one worker has them."""
@@ -214,8 +226,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return found
 
 
+def usable_cores() -> tuple[int, ...]:
+    """The cores this process may run on; none where the system does not say."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one worker is told, as JSON on its standard input, by the process that started it."""
+    """What one worker is told, as JSON on its standard input, by the process that started it.
+
+    `cores` are those it binds itself to on a CPU; none when it may run anywhere.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -227,6 +247,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int
     num_workers: int
     engine: EngineConfig
+    cores: tuple[int, ...] = ()
 
 
 def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:

@@ -25,7 +25,7 @@ from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
 from kvrelay.sparse import SparseAttention, sparse_settings
-from kvrelay.transport import parse_transport
+from kvrelay.transport import is_in_process, parse_transport
 from kvrelay.types import FinishReason, RequestId, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -208,6 +208,7 @@ class Engine:
                 run_directory=self._workers.run_directory,
                 model_directory=str(directory),
                 num_threads=self.config.worker_threads(worker_id),
+                cores=() if is_in_process(self.config.transport) else self.config.worker_cores(worker_id),
                 num_workers=len(roles),
                 engine=self.config.of_worker(worker_id),
             )

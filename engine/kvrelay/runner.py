@@ -78,7 +78,7 @@ class Runner:
     @torch.inference_mode()
     def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:
         """One more token for each sequence, None where its logits are not finite; stores its K and V."""
-        return sample(self._logits(batch), [self._row(sequence) for sequence in batch])
+        return sample(self.logits(batch), [self._row(sequence) for sequence in batch])
 
     def sparse_of(self, request: RequestSpec) -> SparseAttention | None:
         """The request's settings, or the engine's; `"auto"` in a request is what the engine measured."""
@@ -105,7 +105,7 @@ class Runner:
         event.record()
         return event.synchronize
 
-    def _logits(self, batch: Sequence[DecodeSequence]) -> torch.Tensor:
+    def logits(self, batch: Sequence[DecodeSequence]) -> torch.Tensor:
         """float32 logits [B, vocab] of each sequence's newest token, whose K and V are stored."""
         tokens = [sequence.token_ids[-1] for sequence in batch]
         if isinstance(self.decoder, NativeDecoder) and self._pages is not None and self.sparse is None:

@@ -4,6 +4,7 @@ A draw depends on (seed, position, distribution) only: the uniform number comes 
 on the CPU, so it is the same whichever worker, batch or device computed the logits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from kvrelay.types import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+REACHES = (10.0, 40.0, math.inf)  # in temperatures below the largest logit: e^-10 of its weight, all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,9 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
     """
     for logit, row in zip(logits, rows, strict=True):
         _penalise(logit, row)
-    largest, greedy = logits.max(dim=-1)  # NaN is larger than anything
     result: list[Sampled | None] = []
-    for logit, row, best, is_sound in zip(
-        logits, rows, greedy.tolist(), largest.isfinite().tolist(), strict=True
-    ):
-        if not is_sound:
+    for logit, row, (best, largest) in zip(logits, rows, _largest(logits), strict=True):
+        if not math.isfinite(largest):
             result.append(None)
             continue
         token = best if row.params.temperature == 0 else _draw(logit, row)
@@ -60,6 +59,16 @@ def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[
     values, tokens = (found.tolist() for found in logprobs.topk(min(num_top, logprobs.shape[1])))
     tops = (dict(zip(*row, strict=True)) for row in zip(tokens, values, strict=True))
     return [TokenLogprobs(*row) for row in zip(token_ids, own, tops, strict=True)]
+
+
+def _largest(logits: torch.Tensor) -> list[tuple[int, float]]:
+    """Token and logit of each row's largest, NaN being larger than anything; numpy's is the fast one."""
+    if logits.device.type == "cpu":
+        values = logits.numpy()
+        tokens = values.argmax(axis=-1)
+        return list(zip(tokens.tolist(), values[range(len(tokens)), tokens].tolist(), strict=True))
+    largest, greedy = logits.max(dim=-1)
+    return list(zip(greedy.tolist(), largest.tolist(), strict=True))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -93,20 +102,42 @@ def _penalise(logit: torch.Tensor, row: Row) -> None:
 
 
 def _draw(logit: torch.Tensor, row: Row) -> int:
-    """Temperature, top-k, then top-p and min-p on what is left, then the inverse distribution function."""
-    params = row.params
-    values, tokens = (logit - logit.max()).double().sort(descending=True, stable=True)
-    values = values / params.temperature
-    if params.top_k > 0:
-        values, tokens = values[: params.top_k], tokens[: params.top_k]
-    probabilities = values.softmax(dim=-1)
-    keep = probabilities.cumsum(dim=-1) - probabilities < params.top_p
-    keep &= probabilities >= params.min_p * probabilities[0]
+    """Temperature, top-k, then top-p and min-p on what is left, then the inverse distribution function.
+
+    The distribution's order is that of a whole sort, but only tokens within reach of the likeliest are
+    sorted: few are, and nearly always the draw ends among them.
+    """
+    below = (logit - logit.max()).double() / row.params.temperature
+    total = float(below.exp().sum())
+    tokens = (_draw_within(below, total, row, reach) for reach in REACHES)
+    return next(token for token in tokens if token is not None)
+
+
+def _draw_within(below: torch.Tensor, total: float, row: Row, reach: float) -> int | None:
+    """The token drawn if it and the ends of all filters lie among those at least `-reach`, else None.
+
+    below: float64 [V], log-weights, 0 the largest; `total` is the sum of all weights.
+    """
+    params, is_all = row.params, reach == REACHES[-1]
+    tokens = (below >= -reach).nonzero().flatten()
+    values, order = below[tokens].sort(descending=True, stable=True)
+    if params.top_k > 0 and (is_all or len(tokens) >= params.top_k):
+        values, is_all = values[: params.top_k], True
+        total = float(values.exp().sum())
+    weights = values.exp()
+    keep = weights.cumsum(dim=-1) - weights < params.top_p * total
+    keep &= (weights >= params.min_p * weights[0]) & (weights > 0)
     keep[0] = True
-    cumulative = probabilities.where(keep, 0.0).cumsum(dim=-1)
-    target = uniform(row.seed, len(row.token_ids)) * cumulative[-1]
+    num_kept = int(keep.sum())  # the filters keep a beginning of the order
+    if num_kept == len(keep) and not is_all and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0):
+        return None
+    is_whole = is_all or num_kept < len(keep)
+    cumulative = weights[:num_kept].cumsum(dim=-1)
+    target = uniform(row.seed, len(row.token_ids)) * (float(cumulative[-1]) if is_whole else total)
     index = int(torch.searchsorted(cumulative, target, right=True))
-    return int(tokens[min(index, int(keep.nonzero()[-1]))])
+    if index >= num_kept and not is_whole:
+        return None
+    return int(tokens[order[min(index, num_kept - 1)]])
 
 
 def _logprobs(logit: torch.Tensor, params: SamplingParams, token: int) -> TokenLogprobs | None:

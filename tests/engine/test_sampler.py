@@ -114,6 +114,39 @@ def test_filters_keep_what_they_should_at_their_edges(params: dict[str, float], 
     assert set(draw(values.expand(300, 4), *rows)) == support
 
 
+def drawn_from_a_whole_sort(values: torch.Tensor, r: Row) -> int:
+    """The definition: all tokens sorted, filters, inverse distribution function."""
+    params = r.params
+    ordered, tokens = (values - values.max()).double().sort(descending=True, stable=True)
+    if params.top_k > 0:
+        ordered, tokens = ordered[: params.top_k], tokens[: params.top_k]
+    probabilities = (ordered / params.temperature).softmax(dim=-1)
+    keep = probabilities.cumsum(dim=-1) - probabilities < params.top_p
+    keep &= probabilities >= params.min_p * probabilities[0]
+    keep[0] = True
+    cumulative = probabilities.where(keep, 0.0).cumsum(dim=-1)
+    target = uniform(r.seed, len(r.token_ids)) * cumulative[-1]
+    return int(tokens[int(torch.searchsorted(cumulative, target, right=True))])
+
+
+@given(
+    scale=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+    temperature=st.sampled_from([0.05, 0.7, 1.0, 8.0]),
+    top_k=st.sampled_from([0, 1, 50, 2999, 3000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 1e-12, 0.01, 1.0]),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=300, deadline=None)
+def test_draws_are_those_of_a_whole_sort(
+    scale: float, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    values = (logits(seed % 7, vocab=3000)[0] * scale * 8).round() / 8  # many ties
+    values[5:50] = float("-inf")
+    r = row(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert draw(values[None], r) == [drawn_from_a_whole_sort(values, r)]
+
+
 def test_a_very_small_temperature_is_greedy() -> None:
     values = torch.tensor([[3.0, 5.0, 4.0]])
     for temperature in (1e-3, 1e-30, 1e-308, 5e-324):

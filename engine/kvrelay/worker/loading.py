@@ -4,6 +4,7 @@ Decides what `auto` means here: the device, the dtype, the size of the pool.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def load_parts(
     dtype = choose_dtype(config.engine.dtype, spec.dtype_name, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.cores:
+        os.sched_setaffinity(0, config.cores)  # before any thread of ours: they inherit it
     decoder = load_model(directory, device, DTYPES[dtype], config.engine.model_impl)
     layout = KVLayout(
         model=model_identity(directory),
