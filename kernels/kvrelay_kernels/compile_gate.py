@@ -40,7 +40,7 @@ MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Opt-in shared memory of one block (CUDA C++ programming guide, compute capabilities)."""
 MAX_STACK_BYTES = {80: 96, 90: 0, 100: 0}
 """sm_80 keeps query fragments in registers and spills a few bytes outside the loop; elsewhere, nothing."""
-WGMMA_KERNELS = ("paged_prefill", "block_sparse_prefill")
+WGMMA_KERNELS = ("tiled_prefill",)
 SELECTORS = ("tree", "two_stage", "quest", "mean_pool", "local")
 
 

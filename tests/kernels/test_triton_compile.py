@@ -67,7 +67,7 @@ def test_odd_shapes_compile(group: int, head_dim: int, dtype: torch.dtype) -> No
 def test_gate_complains_about_each_thing_it_holds() -> None:
     good = CompiledKernel(
         operation="paged_prefill",
-        kernel="paged_prefill",
+        kernel="tiled_prefill",
         architecture=90,
         shape=WIDE,
         num_warps=8,

@@ -15,6 +15,9 @@ FORCED = tl.constexpr(2139095040)
 NONE = tl.constexpr(-1)
 """Ranks below every score: not to be kept."""
 
+MAX_TILE = 1024
+"""Entries that a program ranks at a time."""
+
 
 @triton.jit
 def count_true(mask):

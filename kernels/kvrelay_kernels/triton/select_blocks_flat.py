@@ -8,14 +8,13 @@ import triton
 import triton.language as tl
 
 from kvrelay_kernels.errors import KernelUnavailable
-from kvrelay_kernels.triton.ranking import NONE, keep_best
+from kvrelay_kernels.triton.ranking import MAX_TILE, NONE, keep_best
 from kvrelay_kernels.triton.select_groups import locate_group, mean_queries, score_boxes
 from kvrelay_kernels.triton.select_request import SelectRequest
 from kvrelay_kernels.triton.tiles import find_sequence
 from kvrelay_kernels.triton.tuning import next_power_of_2, num_persistent, padded_head_dim, scan_launch
 
 NODES = 64
-MAX_TILE = 1024
 
 
 def local(request: SelectRequest) -> None:

@@ -1,4 +1,4 @@
-"""Device functions of the selectors: where a sibling group lies, its mean queries, scores of boxes."""
+"""Device functions of the selectors: where a sibling group lies, its forced blocks, scores of boxes."""
 
 import triton
 import triton.language as tl
@@ -20,6 +20,14 @@ def locate_group(group, seq, bounds_ptr, cu_ptr, lens_ptr, SIBLINGS: tl.constexp
     first_position = tl.maximum(offset, frontier * 64)
     stop = tl.minimum((frontier + SIBLINGS) * 64, seq_len)
     return seq_len, frontier, first_position, stop, first_row + first_position - offset
+
+
+@triton.jit
+def forced_range(frontier, first_position, stop, SINKS: tl.constexpr, LOCAL: tl.constexpr):
+    """``(sinks, recent, end)``: blocks ``[0, sinks)`` and ``[recent, end)`` are forced for some sibling."""
+    end = tl.where(stop > first_position, (stop + 63) // 64, 0)
+    sinks = tl.minimum(SINKS, end)
+    return sinks, tl.maximum(sinks, frontier - LOCAL + 1), end
 
 
 @triton.jit
