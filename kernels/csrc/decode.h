@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dot_rows.h"
 #include "lanes.h"
 #include "sequences.h"
 #include "threads.h"
@@ -12,20 +13,6 @@
 namespace {
 
 constexpr int kSplitBlocks = 16;
-
-// sums[i] of each of eight vectors: a butterfly that halves lanes and vectors together.
-template <int S, int... I>
-inline Vec8 fold(Vec8 a, Vec8 b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I & S ? I + 8 : I)...) +
-         __builtin_shufflevector(a, b, (I & S ? (I ^ S) + 8 : I ^ S)...);
-}
-
-inline Vec8 sums_of(Vec8 (&a)[8]) {
-  const auto lanes = std::make_integer_sequence<int, 8>{};
-  for (int j = 0; j < 8; j += 2) a[j] = fold<1>(a[j], a[j + 1], lanes);
-  for (int j = 0; j < 8; j += 4) a[j] = fold<2>(a[j], a[j + 2], lanes);
-  return fold<4>(a[0], a[4], lanes);
-}
 
 // A range of blocks (entries of a list, if there is one) for some KV heads of a sequence.
 struct DecodeTask {
@@ -71,12 +58,8 @@ class DecodeSplit {
     const T *k = keys(head, block), *v = values(head, block);
     next_k_ = next < 0 ? k : keys(next_head, next);
     next_v_ = next < 0 ? v : values(next_head, next);
-    const int end = (head - first_head_ + 1) * group_;
-    int g = end - group_;
-    for (; g + 4 <= end; g += 4) attend_heads<4>(g, k, v, n);
-    if (end - g == 3) attend_heads<3>(g, k, v, n);
-    if (end - g == 2) attend_heads<2>(g, k, v, n);
-    if (end - g == 1) attend_heads<1>(g, k, v, n);
+    const int row = (head - first_head_) * group_;
+    for_each_heads(group_, [&](auto heads, int first) { attend_heads<heads>(row + first, k, v, n); });
   }
 
  private:
@@ -110,24 +93,10 @@ class DecodeSplit {
     constexpr int K = 8 / H;
     const T *next = next_k_;
     const int64_t stride = kv_.k_stride[2];
-    for (int i = 0; i < n; i += K) {
+    dot_rows<H>(query, d_, n, [&](int i) { return k + i * stride; }, [&](int i, const float *products) {
       fetch(next, K * d_);
-      const T *row[K];
-      for (int j = 0; j < K; ++j) row[j] = k + std::min(i + j, n - 1) * stride;
-      Vec8 acc[8] = {};
-      for_each_channels(d_, [&](auto width, int c) {
-        Pair key[K];
-        for (int j = 0; j < K; ++j) key[j] = load_channels<width>(row[j] + c);
-        for (int part = 0; part < width / 8; ++part)
-          for (int h = 0; h < H; ++h) {
-            const Vec8 q = load8(query + h * d_ + c + 8 * part);
-            for (int j = 0; j < K; ++j) acc[h * K + j] += q * key[j].half[part];
-          }
-      });
-      float line[8];
-      store8(line, sums_of(acc));
-      for (int h = 0; h < H; ++h) memcpy(scores_ + h * kRow + i, line + h * K, K * sizeof(float));
-    }
+      for (int h = 0; h < H; ++h) memcpy(scores_ + h * kRow + i, products + h * K, K * sizeof(float));
+    });
   }
 
   // Turns scores into weights; returns what rescales the sums under the old maximum.

@@ -8,13 +8,15 @@
 #include <vector>
 
 #include "block_stats.h"
+#include "dot_rows.h"
 #include "lanes.h"
 
 namespace {
 
 using Blocks = std::vector<int64_t>;
 
-// Queries transposed into panels; fill(lane, line[head_dim]) gives each.
+// Queries that rows are scored by; fill(lane, line[head_dim]) gives each. Transposed into panels, or one by
+// one as they are if they would not even fill a vector.
 struct LaneTile {
   int lanes, padded, head_dim;
   float *data;
@@ -22,6 +24,8 @@ struct LaneTile {
   template <class F>
   LaneTile(int num, int d, float *memory, float *line, F fill)
       : lanes(num), padded(padded_lanes(num)), head_dim(d), data(memory) {
+    for (int lane = 0; lane < lanes && few(); ++lane) fill(lane, data + size_t(lane) * d);
+    if (few()) return;
     for_each_lane(padded, d, [&](int lane, int base, int stride) {
       std::fill(line, line + d, 0.0f);
       if (lane < lanes) fill(lane, line);
@@ -29,12 +33,28 @@ struct LaneTile {
     });
   }
 
+  bool few() const { return lanes <= 8; }
+
   // scores [n, padded] (+)= rows . queries
   template <bool kAdd>
   void score(const Rows &rows, float *scores) const {
+    if (few()) return score_few<kAdd>(rows, scores);
     for_each_panel(padded, [&](auto nv, int first) {
       score_panel<decltype(nv)::value, kAdd>(rows, rows.n, data + size_t(first) * head_dim, head_dim,
                                              scores + first, padded);
+    });
+  }
+
+  template <bool kAdd>
+  void score_few(const Rows &rows, float *scores) const {
+    if (!kAdd) std::fill(scores, scores + size_t(rows.n) * padded, 0.0f);
+    for_each_heads(lanes, [&](auto heads, int first) {
+      constexpr int K = 8 / heads;
+      const auto add = [&](int i, const float *products) {
+        for (int j = 0; j < K && i + j < rows.n; ++j)
+          for (int h = 0; h < heads; ++h) scores[(i + j) * padded + first + h] += products[h * K + j];
+      };
+      dot_rows<heads>(data + size_t(first) * head_dim, head_dim, rows.n, [&](int i) { return rows.at[i]; }, add);
     });
   }
 };
@@ -46,6 +66,12 @@ inline void keep_top(std::vector<std::pair<float, int64_t>> &scored, size_t coun
   if (scored.size() <= count) return;
   std::nth_element(scored.begin(), scored.begin() + int64_t(count), scored.end(), better);
   scored.resize(count);
+}
+
+// Boxes and candidate pages lie apart, so the next ones are asked for while these are scored.
+template <class T>
+inline void fetch_row(const T *row, int head_dim) {
+  for (int c = 0; c < head_dim; c += 64 / int(sizeof(T))) __builtin_prefetch(row + c, 0, 2);
 }
 
 template <class T>
@@ -160,12 +186,15 @@ class TreeGroup {
           to[c] = (q > 0) == positive ? q : 0.0f;
         }
       });
+      const auto box = [&](int i) {
+        const int64_t row = s_.table[homes[size_t(i)]] * int64_t(kv_.num_kv_heads) + kv_head_;
+        return static_cast<const T *>(positive ? upper : lower) + row * d_;
+      };
+      for (int i = 0; i < std::min(kBlock, n); ++i) fetch_row(box(i), d_);
       for (int first = 0; first < n; first += kBlock) {
+        for (int i = first + kBlock; i < std::min(first + 2 * kBlock, n); ++i) fetch_row(box(i), d_);
         Rows rows;
-        gather(rows, std::min(kBlock, n - first), d_, scratch(kRowsK, kBlock * d_), [&](int i) {
-          const int64_t row = s_.table[homes[size_t(first + i)]] * int64_t(kv_.num_kv_heads) + kv_head_;
-          return static_cast<const T *>(positive ? upper : lower) + row * d_;
-        });
+        gather(rows, std::min(kBlock, n - first), d_, scratch(kRowsK, kBlock * d_), [&](int i) { return box(first + i); });
         if (positive)
           tile.template score<false>(rows, scores + size_t(first) * padded);
         else
@@ -233,8 +262,11 @@ class TreeGroup {
                         });
     const int n = int(blocks.size()), padded = tile.padded;
     float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kMasses, size_t(n) * padded);
-    for (int j = 0; j < n; ++j)
+    for (int j = 0; j < n; ++j) {
+      const T *next = tile_of<T>(kv_.k, kv_.k_stride, s_.table[blocks[size_t(std::min(j + 1, n - 1))]], kv_head_);
+      for (int i = 0; i < kBlock; ++i) fetch_row(next + i * kv_.k_stride[2], d_);
       block_mass(tile, row_of, blocks[size_t(j)], peaks + size_t(j) * padded, sums + size_t(j) * padded);
+    }
     masses_from(peaks, sums, n, padded);
     std::vector<float> shares(size_t(num_blocks_) * n);
     for (int block = 0; block < num_blocks_; ++block)
