@@ -47,7 +47,7 @@ class Scope:
     num_layers: int | None = None
     budgets: tuple[int, ...] = (8, 16)
     operation_budgets: tuple[int, ...] = (8, 16, 64)
-    operation_tokens: tuple[int, ...] = tuple(n * 1024 for n in (32, 128, 512, 1024, 4096, 12288))
+    operation_tokens: tuple[int, ...] = tuple(n * 1024 for n in (32, 128, 512, 1024, 3072, 4096, 12288))
     max_groups: int = 32
     needle_tokens: tuple[int, ...] = tuple(n * 1024 for n in (32, 128, 512, 1024))
     needle_layers: tuple[int, ...] = (5, 12, 26)

@@ -8,7 +8,6 @@ what they hold.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,9 +81,12 @@ class SelectionOperations:
     softmax is not counted, which makes the share an upper bound. ``exact``: every sibling group was run;
     otherwise groups at the middles of equal strata stand for their strata. last_group: selection for the
     last sibling group alone, always run: the cost of ``config.sibling_blocks`` query blocks at the end.
+    groups: sibling groups of the prefill; statistics: the part of selection that builds them.
     """
 
     num_tokens: int
+    groups: int
+    statistics: int
     selection: int
     attention: int
     last_group: int
@@ -110,6 +112,8 @@ def selection_operations(num_tokens: int, config: SelectionConfig, max_groups: i
     statistics = round(statistics_per_token() * num_tokens)
     return SelectionOperations(
         num_tokens=num_tokens,
+        groups=groups,
+        statistics=statistics,
         selection=selection * groups // picks + statistics,
         attention=attention * groups // picks,
         last_group=_group_operations(index, groups * width, width, config)[0],
@@ -162,10 +166,17 @@ def statistics_per_token(num_tokens: int = 64 * 1024) -> float:
 
 
 def at_most_n_log_n(counts: list[SelectionOperations]) -> bool:
-    """Whether the cost of a group of queries at position n grows at most as log n, step by step.
+    """Whether selection grows at most as n log n, the measured lengths being 4-fold apart where they can be.
 
-    Stronger than total cost within n log n, and blind to the start of a sequence, where there is less to
-    select from than the budget.
+    Four times the pages are one more tree level, of which at most ``4 * (beam + 2)`` nodes are scored,
+    however long the sequence is. So the cost of a group at the end of the sequence must rise by at most the
+    same constant with every 4-fold step, ``cost(n) <= cost(n0) + step * log4(n / n0)``, and no group may cost more
+    than the last one, which bounds the total by n times that. Only lengths exactly 4-fold apart are compared:
+    between them the cost is a staircase. The total alone over ``n log n`` says nothing at small n: it rises
+    while groups at the start of a sequence, which have less than a full list to choose from, are many.
     """
-    per_unit = [each.last_group / math.log2(each.num_tokens) for each in counts]
-    return all(later <= earlier for earlier, later in pairwise(per_unit))
+    by_length = {each.num_tokens: each for each in counts}
+    pairs = [(each, by_length[4 * n]) for n, each in sorted(by_length.items()) if 4 * n in by_length]
+    steps = [later.last_group - earlier.last_group for earlier, later in pairs]
+    within = all(each.selection - each.statistics <= each.groups * each.last_group for each in counts)
+    return bool(steps) and max(steps) <= steps[0] and within
