@@ -170,10 +170,10 @@ def at_most_n_log_n(counts: list[SelectionOperations]) -> bool:
 
     Four times the pages are one more tree level, of which at most ``4 * (beam + 2)`` nodes are scored,
     however long the sequence is. So the cost of a group at the end of the sequence must rise by at most the
-    same constant with every 4-fold step, ``cost(n) <= cost(n0) + step * log4(n / n0)``, and no group may cost more
-    than the last one, which bounds the total by n times that. Only lengths exactly 4-fold apart are compared:
-    between them the cost is a staircase. The total alone over ``n log n`` says nothing at small n: it rises
-    while groups at the start of a sequence, which have less than a full list to choose from, are many.
+    same constant with every 4-fold step, ``cost(n) <= cost(n0) + step * log4(n / n0)``, and no group may
+    cost more than the last one, which bounds the total by n times that. Only lengths exactly 4-fold apart are
+    compared: between them the cost is a staircase. The total alone over ``n log n`` says nothing at small n:
+    it rises while groups at the start of a sequence, with less than a full list to choose from, are many.
     """
     by_length = {each.num_tokens: each for each in counts}
     pairs = [(each, by_length[4 * n]) for n, each in sorted(by_length.items()) if 4 * n in by_length]

@@ -31,7 +31,7 @@ def disaggregation(record: dict[str, Any]) -> str:
 
 def selection(record: dict[str, Any]) -> str:
     """Share of the gap between sink + local and the oracle that each selector closes."""
-    columns = [(text, budget) for text in ("prose", "python_source") for budget in (8, 16)]
+    columns = sorted({(row["text"], row["budget"]) for row in record["results"]["quality"]})
     found = {(row["text"], row["budget"], row["selector"]): row for row in record["results"]["quality"]}
     rows = [["selector", *(f"{text.replace('_', ' ')}, {budget} blocks" for text, budget in columns)]]
     names = ("local", "mean_pool", "antidiagonal", "quest", "two_stage", "tree", "oracle")
