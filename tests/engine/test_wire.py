@@ -295,6 +295,8 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("cache_salt", "x" * 257),
     ("cache_salt", "\ud800"),
     ("cache_salt", 5),
+    ("attention", "quick"),
+    ("attention", 7),
 ]
 
 
