@@ -86,8 +86,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: its model, its workers, its transport and its limits.
 
-    `num_kv_blocks` is per worker (None: sized from memory). `threads_per_worker=None` shares the host's
-    cores out equally; `pin_threads` gives each worker process cores of its own where their threads together
+    `num_kv_blocks`, or `num_kv_tokens` rounded up to blocks of 64, is per worker (both None: sized from
+    memory). `rope_scaling="yarn:4"` runs sequences 4 times as long as the model was trained for.
+    `threads_per_worker=None` shares the host's cores out equally; `pin_threads` gives each worker process cores of its own where their threads together
     are as many as the usable cores (CPU only). `model_impl` is what computes the layers: `native` C++ (CPU)
     or `torch`. `prefill_chunk_tokens=None` computes each prompt whole. `verify_kv` compares a digest of every
     block on both sides of the hand-off. `lease_s` is the longest silence of a KV writer, and
@@ -118,6 +119,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy: str = "least_loaded"
     max_model_len: int | None = None
     num_kv_blocks: int | None = None
+    num_kv_tokens: int | None = None
+    rope_scaling: str | None = None
     prefill_chunk_tokens: int | None = 512
     max_num_seqs: int = 64
     threads_per_worker: int | None = None
@@ -147,7 +150,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("model_impl", self.model_impl, MODEL_IMPLS)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
-        for field in (*at_least_one, "threads_per_worker"):
+        for field in (*at_least_one, "threads_per_worker", "num_kv_tokens"):
             check_at_least(field, getattr(self, field), 1)
         for field in SECONDS:
             seconds = getattr(self, field)
@@ -155,6 +158,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
         for field, least in LEAST:
             check_at_least(field, getattr(self, field), least)
+        if self.num_kv_tokens is not None and self.num_kv_blocks is not None:
+            raise InvalidConfig(
+                f"num_kv_tokens={self.num_kv_tokens}: expected one of it and "
+                f"num_kv_blocks={self.num_kv_blocks}"
+            )
         _check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
@@ -205,6 +213,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if listed is None:
             return self
         own = {name: value for name in OWN if (value := getattr(listed, name)) is not None}
+        if "num_kv_blocks" in own:
+            own["num_kv_tokens"] = None
         return msgspec.structs.replace(self, **own)
 
     def served_name(self) -> str:

@@ -54,7 +54,7 @@ class Engine:
         _check_names(config)
         directory = resolve(config.model, cache_home())
         self.config = config
-        self.spec = ModelSpec.from_directory(directory)
+        self.spec = ModelSpec.from_directory(directory).scaled(config.rope_scaling)
         self.tokenizer = Tokenizer.from_directory(directory)
         self.max_model_len = _max_model_len(config, self.spec)
         _check_layers(config.sparse(), self.spec)
@@ -238,7 +238,10 @@ def _check_layers(sparse: SparseAttention | None, spec: ModelSpec) -> None:
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     asked, trained = config.max_model_len, spec.max_position_embeddings
     if asked is not None and asked > trained:
-        raise InvalidConfig(f"max_model_len={asked}: the model has {trained} positions")
+        raise InvalidConfig(
+            f"max_model_len={asked}: the model has {trained} positions; "
+            "rope_scaling='yarn:FACTOR' gives it FACTOR times as many"
+        )
     return asked or trained
 
 

@@ -96,6 +96,12 @@ class KVStore:
         return tuple(_digest((self.landing if landed else self.pages)[:, :, block]) for block in block_ids)
 
 
+def stats_bytes(layout: KVLayout) -> int:
+    """Bytes of one block's statistics over all layers: five vectors and a number per KV head."""
+    size = DTYPES[layout.dtype].itemsize
+    return layout.num_layers * layout.num_kv_heads * (5 * layout.head_dim + 1) * size
+
+
 def pin(pages: torch.Tensor) -> None:
     """Page-lock host memory that a CUDA device copies to or from, in this process.
 

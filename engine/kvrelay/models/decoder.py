@@ -118,12 +118,15 @@ def _mlp(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
     return linear(silu(gate) * up, layer.down, layer.down_bias)
 
 
-def load_decoder(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Decoder:
+def load_decoder(
+    directory: Path, device: torch.device | str, dtype: torch.dtype, spec: ModelSpec | None = None
+) -> Decoder:
     """Load the Hugging Face directory onto `device` in `dtype`.
 
+    `spec=None` is that of the directory; another may differ from it in the rotary embedding.
     Raises `ModelError`, naming the file or architecture, when it is missing, corrupt or not supported.
     """
-    spec = ModelSpec.from_directory(directory)
+    spec = spec or ModelSpec.from_directory(directory)
     weights = Weights(directory)
     optional = frozenset({"lm_head.weight"} if spec.tie_word_embeddings else ())
     weights.check(parameter_shapes(spec), optional)

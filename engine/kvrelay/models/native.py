@@ -86,9 +86,9 @@ def why_not_native(spec: ModelSpec, device: torch.device | str, dtype: torch.dty
     return why_not(dtype, spec.head_dim)
 
 
-def load_native_decoder(directory: Path, dtype: torch.dtype) -> NativeDecoder:
-    """Load and pack a Hugging Face directory; raises `ModelError` as `load_decoder` does."""
-    spec = ModelSpec.from_directory(directory)
+def load_native_decoder(directory: Path, dtype: torch.dtype, spec: ModelSpec | None = None) -> NativeDecoder:
+    """Load and pack a Hugging Face directory; `spec` and errors as for `load_decoder`."""
+    spec = spec or ModelSpec.from_directory(directory)
     weights = Weights(directory)
     optional = frozenset({"lm_head.weight"} if spec.tie_word_embeddings else ())
     weights.check(parameter_shapes(spec), optional)

@@ -4,12 +4,13 @@ Knows names and numbers. The frequencies themselves are computed in `rope`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvrelay.errors import ModelError
+from kvrelay.errors import InvalidConfig, ModelError
 
+MAX_ROPE_FACTOR = 1024
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -55,6 +56,29 @@ def rope_spec(config: Mapping[str, Any], source: Path) -> RopeSpec:
         )
     parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
     return _checked(_from_parameters(kind, parameters, config, source), source)
+
+
+def scaled_rope(rope: RopeSpec, rope_scaling: str, num_positions: int) -> RopeSpec:
+    """The embedding stretched beyond the `num_positions` it was trained for: `"yarn:4"` or `"linear:2"`.
+
+    YaRN: arXiv:2309.00071. Raises `InvalidConfig` for anything else, and where the model has a scaling.
+    """
+    kind, _, text = rope_scaling.partition(":")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if kind not in ("yarn", "linear") or not 1.0 < factor <= MAX_ROPE_FACTOR:
+        raise InvalidConfig(
+            f"rope_scaling={rope_scaling!r}: expected yarn:FACTOR or linear:FACTOR, "
+            f"FACTOR above 1 and at most {MAX_ROPE_FACTOR}"
+        )
+    if rope.kind != "default":
+        raise InvalidConfig(
+            f"rope_scaling={rope_scaling!r}: the model has a scaling of its own, {rope.kind!r} "
+            f"by {rope.factor:g}"
+        )
+    return replace(rope, kind=kind, factor=factor, original_max_position_embeddings=num_positions)
 
 
 def _from_parameters(

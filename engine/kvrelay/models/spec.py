@@ -4,13 +4,13 @@ A new architecture that differs only in biases, qk-norm or defaults is one line 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvrelay.errors import ModelError
+from kvrelay.errors import InvalidConfig, ModelError
 from kvrelay.models.json_file import read_json_object, read_json_object_if_any
-from kvrelay.models.rope_spec import RopeSpec, rope_spec
+from kvrelay.models.rope_spec import RopeSpec, rope_spec, scaled_rope
 
 Option = Literal["never", "always", "config"]
 
@@ -77,6 +77,22 @@ class ModelSpec:
         config = read_json_object(directory / "config.json")
         generation = read_json_object_if_any(directory / "generation_config.json")
         return cls.from_config(config, generation, directory / "config.json")
+
+    def scaled(self, rope_scaling: str | None) -> "ModelSpec":
+        """The model for sequences longer than it was trained for; None changes nothing.
+
+        `rope_scaling` is `"yarn:FACTOR"` or `"linear:FACTOR"`; raises `InvalidConfig` as `scaled_rope` does.
+        """
+        if rope_scaling is None:
+            return self
+        rope = scaled_rope(self.rope, rope_scaling, self.max_position_embeddings)
+        longest = int(self.max_position_embeddings * rope.factor)
+        if self.sliding_window is not None and self.sliding_window < longest:
+            raise InvalidConfig(
+                f"rope_scaling={rope_scaling!r}: {longest} positions; the model's sliding window has "
+                f"{self.sliding_window}"
+            )
+        return replace(self, rope=rope, max_position_embeddings=longest)
 
     @classmethod
     def from_config(

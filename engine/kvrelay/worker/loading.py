@@ -13,7 +13,7 @@ import torch
 
 from kvrelay.attention.crossover import measured
 from kvrelay.cache.pool import BlockPool
-from kvrelay.cache.store import DTYPES, KVStore
+from kvrelay.cache.store import DTYPES, KVStore, stats_bytes
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import InvalidConfig
 from kvrelay.models.loading import load_model
@@ -36,16 +36,16 @@ def load_parts(
     """Load everything one worker needs. Raises `ModelError`, `InvalidConfig` or `TransportError`."""
     torch.set_num_threads(config.num_threads)  # of the whole process: workers that are threads share it
     directory = Path(config.model_directory)
-    spec = ModelSpec.from_directory(directory)
+    spec = ModelSpec.from_directory(directory).scaled(config.engine.rope_scaling)
     device = choose_device(config.engine.device, config.index)
     dtype = choose_dtype(config.engine.dtype, spec.dtype_name, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif config.cores:
         os.sched_setaffinity(0, config.cores)  # before any thread of ours: they inherit it
-    decoder = load_model(directory, device, DTYPES[dtype], config.engine.model_impl)
+    decoder = load_model(directory, device, DTYPES[dtype], config.engine.model_impl, config.engine.rope_scaling)
     layout = KVLayout(
-        model=model_identity(directory),
+        model=model_identity(directory, config.engine.rope_scaling),
         dtype=dtype,
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
@@ -103,34 +103,50 @@ def choose_dtype(asked: str, checkpoint: str, device: torch.device) -> str:
 def size_pool(
     engine: EngineConfig, layout: KVLayout, spec: ModelSpec, device: torch.device, num_workers: int
 ) -> int:
-    """Blocks of the pool: as asked, else what the memory share holds. Raises `InvalidConfig` for none."""
-    if engine.num_kv_blocks is not None:
-        needed, there_is = engine.num_kv_blocks * layout.block_bytes, psutil.virtual_memory().total
+    """Blocks of the pool: as asked, else what the memory share holds.
+
+    Raises `InvalidConfig`, with the bytes needed, when that is none or cannot hold one sequence of the
+    `max_model_len` that was asked for.
+    """
+    block_bytes = layout.block_bytes + (stats_bytes(layout) if engine.sparse() is not None else 0)
+    asked, field = _asked_blocks(engine)
+    if asked is not None:
+        needed, there_is = asked * block_bytes, psutil.virtual_memory().total
         if needed > there_is:
-            raise InvalidConfig(
-                f"num_kv_blocks={engine.num_kv_blocks} needs {needed} bytes; there are {there_is}"
-            )
-        return engine.num_kv_blocks
+            raise InvalidConfig(f"{field} needs {needed} bytes; there are {there_is}")
+        return asked
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers
     wanted = SEQUENCES_BY_DEFAULT * num_blocks(length)
     if device.type == "cuda":
         available = min(available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
-        wanted = int(available) // layout.block_bytes
-    count = min(wanted, int(available) // layout.block_bytes)
+        wanted = int(available) // block_bytes
+    count = min(wanted, int(available) // block_bytes)
     if count < 1:
         raise InvalidConfig(
-            f"num_kv_blocks: {int(available)} bytes may be used for KV, one block needs {layout.block_bytes}"
+            f"num_kv_blocks: {int(available)} bytes may be used for KV, one block needs {block_bytes}"
+        )
+    if engine.max_model_len is not None and count < num_blocks(length):
+        raise InvalidConfig(
+            f"max_model_len={engine.max_model_len} needs {num_blocks(length) * block_bytes} bytes of KV for "
+            f"one sequence; {int(available)} may be used (num_kv_tokens takes more than that share)"
         )
     return count
 
 
-def model_identity(directory: Path) -> str:
-    """16 hex digits of the configuration and of each weight file's name, size and header.
+def _asked_blocks(engine: EngineConfig) -> tuple[int | None, str]:
+    if engine.num_kv_tokens is not None:
+        return num_blocks(engine.num_kv_tokens), f"num_kv_tokens={engine.num_kv_tokens}"
+    return engine.num_kv_blocks, f"num_kv_blocks={engine.num_kv_blocks}"
+
+
+def model_identity(directory: Path, rope_scaling: str | None = None) -> str:
+    """16 hex digits of the configuration, the scaling, and each weight file's name, size and header.
 
     Two directories that differ only in weight values of equal shape, file by file, are not told apart.
     """
     digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=8)
+    digest.update((rope_scaling or "").encode())
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,0 +1,111 @@
+"""Sequences beyond the trained length: scaling asked for by name, and pools that say what they lack."""
+
+import json
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from kvrelay import EngineConfig
+from kvrelay.errors import InvalidConfig
+from kvrelay.models.spec import ModelSpec
+from kvrelay.types import KVLayout, num_blocks
+from kvrelay.worker.loading import model_identity, size_pool
+from tiny_engine import greedy, prompts, tiny_llm, write_tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def short_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, trained for 128 positions."""
+    return write_tiny_model(tmp_path_factory.mktemp("short"), max_position_embeddings=128)
+
+
+def with_scaling(directory: Path, target: Path, kind: str, factor: float) -> Path:
+    """The same model whose config.json asks for the scaling, as Hugging Face would write it."""
+    shutil.copytree(directory, target)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": 128,
+        "rope_theta": 10000.0,
+    }
+    config["max_position_embeddings"] = int(128 * factor)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_tokens_beyond_the_trained_length_equal_those_of_transformers(
+    short_directory: Path, tmp_path: Path, kind: str
+) -> None:
+    import transformers
+
+    prompt = prompts(300)[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        with_scaling(short_directory, tmp_path / "scaled", kind, 4.0), dtype=torch.float32
+    )
+    model.generation_config.eos_token_id = None
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, 300:].tolist()
+    with tiny_llm(short_directory, rope_scaling=f"{kind}:4", num_kv_blocks=None, num_kv_tokens=700) as llm:
+        assert llm.engine.max_model_len == 512
+        (output,) = llm.generate(prompt, greedy(40))
+        assert {worker.num_blocks for worker in llm.report().workers} == {num_blocks(700)}
+    assert output.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", ["yarn", "yarn:", "yarn:1", "yarn:nan", "yarn:5000", "dynamic:2", "llama3:4", "4"]
+)
+def test_a_bad_scaling_is_refused_before_anything_starts(short_directory: Path, wrong: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"rope_scaling='{wrong}'"):
+        tiny_llm(short_directory, rope_scaling=wrong)
+
+
+def test_a_model_with_a_scaling_of_its_own_keeps_it(short_directory: Path, tmp_path: Path) -> None:
+    scaled = with_scaling(short_directory, tmp_path / "scaled", "yarn", 2.0)
+    with pytest.raises(InvalidConfig, match="scaling of its own, 'yarn' by 2"):
+        ModelSpec.from_directory(scaled).scaled("yarn:4")
+
+
+def test_a_sliding_window_is_not_outgrown(short_directory: Path) -> None:
+    from dataclasses import replace
+
+    spec = replace(ModelSpec.from_directory(short_directory), sliding_window=200)
+    with pytest.raises(InvalidConfig, match="512 positions; the model's sliding window has 200"):
+        spec.scaled("yarn:4")
+
+
+def test_workers_of_different_scalings_do_not_pair(short_directory: Path) -> None:
+    identities = {model_identity(short_directory, scaling) for scaling in (None, "yarn:2", "yarn:4")}
+    assert len(identities) == 3
+
+
+def test_longer_sequences_need_a_scaling(short_directory: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"max_model_len=129: the model has 128 positions.*rope_scaling"):
+        tiny_llm(short_directory, max_model_len=129)
+
+
+def test_a_pool_that_does_not_fit_says_the_bytes(short_directory: Path) -> None:
+    spec = ModelSpec.from_directory(short_directory).scaled("yarn:1024")
+    layout = KVLayout(model="", dtype="float32", num_layers=200, num_kv_heads=32, head_dim=128)
+    tokens = psutil.virtual_memory().total // layout.block_bytes * 64 + 6400
+    asked = EngineConfig(model="m", num_kv_tokens=tokens)
+    needed = num_blocks(tokens) * layout.block_bytes
+    with pytest.raises(InvalidConfig, match=f"num_kv_tokens={tokens} needs {needed} bytes"):
+        size_pool(asked, layout, spec, CPU, 1)
+    long = EngineConfig(model="m", max_model_len=131072)
+    with pytest.raises(InvalidConfig, match=f"max_model_len=131072 needs {2048 * layout.block_bytes} bytes"):
+        size_pool(long, layout, spec, CPU, 1)
+    sparse = EngineConfig(model="m", num_kv_tokens=tokens, attention="sparse")
+    with pytest.raises(InvalidConfig, match="num_kv_tokens") as refusal:
+        size_pool(sparse, layout, spec, CPU, 1)
+    with_stats = int(str(refusal.value).split("needs ")[1].split()[0])
+    assert 1.039 < with_stats / needed < 1.041
+    with pytest.raises(InvalidConfig, match="num_kv_tokens=640: expected one of it and num_kv_blocks=3"):
+        EngineConfig(model="m", num_kv_tokens=640, num_kv_blocks=3)
