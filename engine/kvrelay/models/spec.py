@@ -17,7 +17,7 @@ Option = Literal["never", "always", "config"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How one architecture differs from Llama; `loader` is `module:function(directory, device, dtype)`.
+    """How one architecture differs from Llama; `loader` is `module:function(directory, device, dtype, spec)`.
 
     `Option` fields say whether the feature is absent, always there, or follows the config's own key.
     """
