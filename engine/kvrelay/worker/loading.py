@@ -43,7 +43,9 @@ def load_parts(
         torch.cuda.set_device(device)
     elif config.cores:
         os.sched_setaffinity(0, config.cores)  # before any thread of ours: they inherit it
-    decoder = load_model(directory, device, DTYPES[dtype], config.engine.model_impl, config.engine.rope_scaling)
+    decoder = load_model(
+        directory, device, DTYPES[dtype], config.engine.model_impl, config.engine.rope_scaling
+    )
     layout = KVLayout(
         model=model_identity(directory, config.engine.rope_scaling),
         dtype=dtype,
