@@ -91,8 +91,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `threads_per_worker=None` shares the host's cores out equally; `pin_threads` gives each worker process
     cores of its own where their threads together are as many as the usable cores (CPU only). `model_impl` is
     what computes the layers: `native` C++ (CPU) or `torch`. `prefill_chunk_tokens=None` computes each prompt
-    whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `lease_s` is the longest
-    silence of a KV writer, and `worker_timeout_s` the longest silence of a busy worker, before it is given up.
+    whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `lease_s` is the
+    longest silence of a KV writer, and `worker_timeout_s` that of a busy worker, before it is given up.
 
     `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
     no worker can take wait in the router: at most `max_queued_requests` (None: any number), each at most
