@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from kvrelay.models.hub import resolve
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.outputs import Detokenizer, OutputStream, StreamEvent
+from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
 from kvrelay.sparse import SparseAttention, sparse_settings
 from kvrelay.transport import is_in_process, parse_transport
-from kvrelay.types import FinishReason, RequestId, SamplingParams
+from kvrelay.types import FinishReason, RequestId, Role, SamplingParams, WorkerId
 
 Prompt = str | Sequence[int]
 logger = logging.getLogger("kvrelay")
@@ -72,6 +74,9 @@ class Engine:
         try:
             self._workers.start(self._worker_configs(endpoint, directory))
             self._runtime.wait_ready(config.start_timeout_s)
+            if config.local_prefill_tokens is None and config.mode == "disaggregated":
+                self._measure_local_prefill()
+            self._runtime.control.open_books()
         except BaseException:
             self.close()
             raise
@@ -131,14 +136,22 @@ class Engine:
 
     def report(self) -> Report:
         """What has been measured so far. Raises `EngineClosed` after `close`."""
-        return self._runtime.call(self._runtime.measurement.report).result()
+        return self._runtime.call(self._runtime.control.measurement.report).result()
+
+    def set_role(self, worker_id: str, role: Role) -> "Future[int]":
+        """Change what a worker does: it is drained, connected, switched and verified by a real request.
+
+        The future holds the worker's new role epoch, or the error for which the change was rolled back
+        (`InvalidRequest` when it could not begin). Requests in flight end where they are, or move after 30 s.
+        """
+        return self._runtime.control.set_role(WorkerId(worker_id), role)
 
     def metrics(self) -> bytes:
         """What `/metrics` shows, as Prometheus text (`kvrelay.metrics.CONTENT_TYPE`). See docs/metrics.md.
 
         Raises `EngineClosed` after `close`.
         """
-        return self._runtime.call(self._runtime.metrics).result()
+        return self._runtime.call(self._runtime.control.metrics).result()
 
     def close(self) -> dict[str, int]:
         """Stop everything; unfinished requests end with `EngineClosed`. Safe to call twice.
@@ -149,6 +162,18 @@ class Engine:
         leaked = self._runtime.close()
         self._workers.close(CLOSE_TIMEOUT_S)
         return {str(worker_id): count for worker_id, count in leaked.items()}
+
+    def _measure_local_prefill(self) -> None:
+        """Set how long a prompt may be to stay on decode, from what a hand-off costs on this host."""
+        fleet = self._runtime.router.fleet
+        prefill, decode = fleet.alive("prefill")[0], fleet.alive("decode")[0]
+        hand_off_s = hand_off_seconds(self._runtime.control.probe, prefill.worker_id, decode.worker_id)
+        fleet.local_prefill_tokens = worthwhile_tokens(hand_off_s, decode.prefill_seconds(1))
+        logger.info(
+            "a hand-off costs %.2f ms: prompts of up to %d tokens stay on decode",
+            1e3 * hand_off_s,
+            fleet.local_prefill_tokens,
+        )
 
     def _check_attention(self, params: SamplingParams) -> None:
         if params.attention is None:
@@ -194,7 +219,7 @@ class Engine:
             self._runtime.router.finish(update.request_id, "stop", update.at_s)
 
     def _energy(self, request_id: RequestId) -> RequestEnergy:
-        return self._runtime.measurement.request_energy(request_id)
+        return self._runtime.control.measurement.request_energy(request_id)
 
     def _worker_configs(self, endpoint: str, directory: Path) -> list[WorkerConfig]:
         roles = self.config.roles()

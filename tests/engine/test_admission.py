@@ -11,7 +11,6 @@ from kvrelay.experiments.simulated_worker import WorkerModel
 from kvrelay.experiments.simulation import Arrival, Outcome, Simulation
 from kvrelay.router.admission import MAX_RETRY_S, WaitingQueue
 from kvrelay.router.request import RoutedRequest
-from kvrelay.router.settings import RouterSettings
 from kvrelay.types import RequestId, SamplingParams
 
 POOL = [
@@ -49,16 +48,15 @@ def request(number: int, priority: int = 0) -> RoutedRequest:
 
 def sustainable_rate() -> float:
     """Requests per second that the pool finishes when there is always one more."""
-    run = Simulation(POOL, "least_loaded", RouterSettings()).run([Arrival(0.0, 425, 35)] * 400)
+    run = Simulation(POOL).run([Arrival(0.0, 425, 35)] * 400)
     return 400 / run.now_s
 
 
 @pytest.mark.parametrize("limit", [0, 4, 32])
 def test_ten_times_the_sustainable_rate_is_refused_and_what_is_accepted_stays_fast(limit: int) -> None:
     rate = sustainable_rate()
-    bounded = RouterSettings(max_queued_requests=limit)
-    calm = Simulation(POOL, "least_loaded", bounded).run(poisson(rate / 10, 60.0))
-    flood = Simulation(POOL, "least_loaded", bounded).run(poisson(10 * rate, 20.0))
+    calm = Simulation(POOL, max_queued_requests=limit).run(poisson(rate / 10, 60.0))
+    flood = Simulation(POOL, max_queued_requests=limit).run(poisson(10 * rate, 20.0))
     refused = [o for o in flood.outcomes if isinstance(o.error, Overloaded)]
     accepted = [o for o in flood.outcomes if o.error is None]
     assert len(refused) + len(accepted) == len(flood.outcomes)
@@ -70,15 +68,14 @@ def test_ten_times_the_sustainable_rate_is_refused_and_what_is_accepted_stays_fa
 
 def test_without_a_limit_the_same_flood_makes_everyone_wait() -> None:
     rate = sustainable_rate()
-    flood = Simulation(POOL, "least_loaded", RouterSettings()).run(poisson(10 * rate, 20.0))
+    flood = Simulation(POOL).run(poisson(10 * rate, 20.0))
     assert all(o.error is None for o in flood.outcomes)
     assert percentile(ttfts(flood.outcomes), 0.99) > 100.0
 
 
 def test_a_request_that_has_not_begun_by_its_deadline_ends_with_a_typed_error() -> None:
     rate = sustainable_rate()
-    limits = RouterSettings(max_queued_requests=10_000, queue_timeout_s=2.0)
-    run = Simulation(POOL, "least_loaded", limits).run(poisson(10 * rate, 10.0))
+    run = Simulation(POOL, max_queued_requests=10_000, queue_timeout_s=2.0).run(poisson(10 * rate, 10.0))
     late = [o for o in run.outcomes if isinstance(o.error, DeadlineExceeded)]
     assert late
     assert all(o.timings is not None and 2.0 <= o.timings.e2e_s < 2.1 and not o.timings.itl_s for o in late)
@@ -124,8 +121,8 @@ def test_the_queue_is_by_priority_then_age_whatever_comes_back_when(items: list[
 def test_every_simulated_request_ends_once_and_loads_return_to_zero(
     seed: int, limit: int, rate: float, has_deadline: bool
 ) -> None:
-    limits = RouterSettings(max_queued_requests=limit, queue_timeout_s=1.0 if has_deadline else None)
-    run = Simulation(POOL, "least_loaded", limits).run(poisson(rate, 5.0, seed))
+    timeout_s = 1.0 if has_deadline else None
+    run = Simulation(POOL, max_queued_requests=limit, queue_timeout_s=timeout_s).run(poisson(rate, 5.0, seed))
     assert not run.router.requests
     assert len(run.router.queue) == 0
     for outcome in run.outcomes:

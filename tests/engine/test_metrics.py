@@ -21,6 +21,7 @@ from kvrelay.router.core import Router
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import Update
 from kvrelay.router.telemetry import Telemetry
+from kvrelay.sparse import AttentionUse
 from kvrelay.types import WorkerId
 from kvrelay.wire import Heartbeat, StepReport
 from tiny_engine import greedy, prompts, tiny_llm
@@ -84,8 +85,6 @@ def fed(**settings: Any) -> tuple[Telemetry, EnergyReport]:
                 "prefix_cache_queries": 100,
                 "prefix_cache_hits": 25,
                 "tier_hits_disk": 4,
-                "sparse_attended_blocks": 10,
-                "sparse_causal_blocks": 80,
             },
         )
     told.on_handshake(0.01)
@@ -94,6 +93,7 @@ def fed(**settings: Any) -> tuple[Telemetry, EnergyReport]:
     for number, gap_s in ((0, 0.1), (1, 2.0)):
         routed = request(number)
         router.counts.arrived(routed, 0.0)
+        routed.add_attention("decode", AttentionUse(num_queries=1, attended_pairs=10, causal_pairs=80))
         told.on_reserved(routed, 0.01)
         for at_s, event in enumerate(("arrived", "prefill_started", "prefill_finished", "kv_committed")):
             routed.ledger.add(event, at_s / 10)
@@ -195,7 +195,7 @@ def test_figures_are_those_that_were_fed() -> None:
     assert value(text, "kvrelay:inter_token_latency_seconds_bucket", le="0.15") == 2.0
     assert value(text, "kvrelay:kv_cache_usage_perc") == 0.25
     assert value(text, "kvrelay:prefix_cache_hits_total") == 50.0
-    assert value(text, "kvrelay:sparse_attention_density", worker_id="d0") == 0.125
+    assert value(text, "kvrelay:sparse_attention_density", phase="decode") == 0.125
     assert value(text, "kvrelay:kv_transfer_expired_total") == 1.0
 
 

@@ -121,7 +121,7 @@ class Desk:
 def desk() -> Desk:
     desk = Desk()
     for worker_id, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode")):
-        desk.router.add_worker(hello(worker_id, role))  # type: ignore[arg-type]
+        desk.router.fleet.add(hello(worker_id, role))  # type: ignore[arg-type]
     return desk
 
 
@@ -333,8 +333,8 @@ def test_a_request_only_goes_where_it_fits(policy: str, small: str) -> None:
     sent: list[tuple[str, Message]] = []
     router = Router(open_policy(policy), lambda to, what: sent.append((to, what)), lambda update: None)
     for role in ("prefill", "decode"):
-        router.add_worker(hello(f"{role}-0", role, 1 if role == small else 8))  # type: ignore[arg-type]
-        router.add_worker(hello(f"{role}-1", role, 8))  # type: ignore[arg-type]
+        router.fleet.add(hello(f"{role}-0", role, 1 if role == small else 8))  # type: ignore[arg-type]
+        router.fleet.add(hello(f"{role}-1", role, 8))  # type: ignore[arg-type]
     router.fleet.check_fits(100, 104)
     for number in range(4):
         router.submit(request(number, 100), 0.0)
@@ -346,8 +346,8 @@ def test_a_retry_that_fits_no_living_pool_ends_with_an_error(small: str) -> None
     updates: list[Update] = []
     router = Router(open_policy("least_loaded"), lambda to, what: None, updates.append)
     for role in ("prefill", "decode"):
-        router.add_worker(hello(f"{role}-0", role))  # type: ignore[arg-type]
-        router.add_worker(hello(f"{role}-1", role, 1 if role == small else 8))  # type: ignore[arg-type]
+        router.fleet.add(hello(f"{role}-0", role))  # type: ignore[arg-type]
+        router.fleet.add(hello(f"{role}-1", role, 1 if role == small else 8))  # type: ignore[arg-type]
     router.submit(request(0, 100), 0.0)
     router.on_worker_dead(WorkerId(f"{small}-0"), "killed", 1.0)
     assert [type(update.error) for update in updates] in ([PoolTooSmall], [WorkerFailed])
@@ -362,8 +362,8 @@ def test_an_owner_may_end_other_requests_from_its_own_update() -> None:
         for other in list(router.requests):
             router.finish(other, "abort", update.at_s)
 
-    router.add_worker(hello("p0", "prefill"))
-    router.add_worker(hello("d0", "decode"))
+    router.fleet.add(hello("p0", "prefill"))
+    router.fleet.add(hello("d0", "decode"))
     for number in range(3):
         router.submit(request(number), 0.0)
     router.on_worker_dead(WorkerId("d0"), "killed", 1.0)
@@ -467,7 +467,7 @@ class FakeWorker:
         self.jobs: dict[TicketId, FakeJob] = {}
         self.reserved: dict[TicketId, RequestSpec] = {}
         self.running: dict[tuple[str, int], tuple[RequestSpec, list[int], list[int]]] = {}
-        world.router.add_worker(hello(worker_id, role))
+        world.router.fleet.add(hello(worker_id, role))
 
     def say(self, message: Message) -> None:
         world = self.world

@@ -6,17 +6,18 @@ Nothing here is a measurement of hardware; what is real is the router, message b
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
+from kvrelay.config import EngineConfig
 from kvrelay.errors import KVRelayError, Overloaded
 from kvrelay.experiments.simulated_worker import CHUNK_TOKENS, SimulatedWorker, WorkerModel, hello_of
 from kvrelay.metrics import Ledger, Timings
-from kvrelay.router.core import Router
-from kvrelay.router.policies import open_policy
+from kvrelay.router.control import Control
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.router.settings import RouterSettings
 from kvrelay.types import RequestId, SamplingParams, TransferTicket, WorkerId
-from kvrelay.wire import Message, StepReport
+from kvrelay.wire import Connect, Connected, Message, StepReport
 
 TICK_S = 0.05
 HOP_S = 0.0005  # a message's way, either direction
@@ -47,21 +48,24 @@ class Outcome:
 
 
 class Simulation:
-    """Runs a trace through one router; `outcomes` in the trace's order, `joules` of all workers together.
+    """Runs a trace through one router with these engine settings.
 
-    `joules` is idle power times the time to the last event plus (busy - idle) power times busy time.
+    `outcomes` are in the trace's order. `joules` of all workers together: idle power times the time to the
+    last event, plus (busy - idle) power times busy time.
     """
 
-    def __init__(self, models: Sequence[WorkerModel], policy: str, settings: RouterSettings) -> None:
+    def __init__(self, models: Sequence[WorkerModel], **settings: Any) -> None:
         self.now_s = 0.0
         self.outcomes: list[Outcome] = []
         self._ledgers: dict[RequestId, Ledger] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self.router = Router(open_policy(policy), self._to_worker, self._on_update, settings)
+        config = EngineConfig.of(model="simulated", **settings)
+        self.control = Control(config, self._to_worker, self._no_call, self._on_update)
+        self.router, self.router.observer = self.control.router, self.control.telemetry
         self.workers = {WorkerId(model.worker_id): SimulatedWorker(model, self) for model in models}
         for model in models:
-            self.router.add_worker(hello_of(model), model.max_num_seqs, CHUNK_TOKENS)
+            self.router.fleet.add(hello_of(model), model.max_num_seqs, CHUNK_TOKENS)
 
     def run(self, trace: Sequence[Arrival]) -> "Simulation":
         """Until the last request has ended."""
@@ -99,8 +103,18 @@ class Simulation:
         """Tokens delivered."""
         return self.router.counts.num_output_tokens
 
+    def _no_call(self, function: Callable[[float], Any]) -> "Future[Any]":
+        raise AssertionError("there is one thread here")
+
     def _to_worker(self, worker_id: WorkerId, message: Message) -> None:
+        if isinstance(message, Connect):
+            answer = Connected(worker_id=worker_id, peer=message.peer.worker_id)
+            self.later(2 * HOP_S, lambda: self._connected(answer))
+            return
         self.later(HOP_S, lambda: self.workers[worker_id].on(message))
+
+    def _connected(self, answer: Connected) -> None:
+        self.control.on_connected(answer, self.now_s)
 
     def _to_router(self, message: Message) -> None:
         self.router.on_message(message, self.now_s)
@@ -109,7 +123,7 @@ class Simulation:
             self.router.fleet.loads[message.worker_id].watts[message.phase] = model.busy_w - model.idle_w
 
     def _tick(self, last_s: float) -> None:
-        self.router.tick(self.now_s)
+        self.control.tick(self.now_s)
         if self.router.requests or self.now_s < last_s:
             self.later(TICK_S, lambda: self._tick(last_s))
 

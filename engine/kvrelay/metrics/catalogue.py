@@ -128,8 +128,8 @@ KV = Section(
         Metric("kv_tier_hits_total", "counter", "blocks",
             "KV blocks brought back from a lower tier.", labels=("tier",), needs="a KV tier"),
         Metric("sparse_attention_density", "gauge", "ratio",
-            "Attended share of the key blocks that dense attention would have read, 0 to 1.", labels=WORKER,
-            needs="sparse attention"),
+            "Share of dense attention's (query, key) pairs that ended requests read, 0 to 1.",
+            labels=("phase",), needs="sparse attention"),
     ),
 )
 ENERGY = Section(

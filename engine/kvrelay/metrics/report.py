@@ -196,13 +196,13 @@ def phase_report(phase: Phase, workers: list[WorkerTotals], joules: float | None
     )
 
 
-def worker_report(totals: WorkerTotals, joules: float | None) -> WorkerReport:
-    """One worker's totals as they are shown."""
+def worker_report(totals: WorkerTotals, joules: float | None, role: Role | None = None) -> WorkerReport:
+    """One worker's totals as they are shown; `role` is the one it has now, if not that of its start."""
     hello, beat = totals.hello, totals.heartbeat
     return WorkerReport(
         worker_id=hello.worker_id,
         pid=hello.pid,
-        role=hello.role,
+        role=role or hello.role,
         device=hello.device,
         dtype=hello.descriptor.layout.dtype,
         model_impl=hello.model_impl,

@@ -34,6 +34,11 @@ class WaitingQueue:
         """The request whose turn it is."""
         return self._requests[0] if self._requests else None
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens whose KV the waiting requests need."""
+        return sum(request.num_prefill_tokens for request in self._requests)
+
     def check_room(self, now_s: float) -> None:
         """Raise `Overloaded`, with a time to try again after, when the queue is full."""
         if self._limit is None or len(self._requests) < self._limit:

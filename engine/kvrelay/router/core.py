@@ -9,21 +9,21 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kvrelay.errors import ERRORS, KVRelayError, WorkerFailed
-from kvrelay.metrics import WorkerTotals
 from kvrelay.router.admission import WaitingQueue, overdue
 from kvrelay.router.counts import RunCounts
+from kvrelay.router.dispatch import may_begin, next_start
 from kvrelay.router.fleet import Fleet
 from kvrelay.router.load import Pair
 from kvrelay.router.policies import Policy
 from kvrelay.router.request import Observer, RoutedRequest, Update, update_of
 from kvrelay.router.settings import RouterSettings
-from kvrelay.types import FinishReason, RequestId, TicketId, WorkerId
+from kvrelay.router.writers import Writers
+from kvrelay.types import FinishReason, RequestId, WorkerId
 from kvrelay.wire import (
     Abort,
     AttemptFailed,
     CacheChanged,
     Heartbeat,
-    Hello,
     Mark,
     Message,
     NewToken,
@@ -57,27 +57,19 @@ class Router:
         self.policy, self._send, self._deliver = policy, send, deliver
         self.settings = settings or RouterSettings()
         self.fleet = Fleet(self.settings)
+        self.workers = self.fleet.workers
         self.queue = WaitingQueue(self.settings.max_queued_requests)
         self.observer: Observer | None = None
         self.requests: dict[RequestId, RoutedRequest] = {}
         self.counts = RunCounts()
-        self._writers: dict[TicketId, tuple[WorkerId, WorkerId]] = {}
-
-    @property
-    def workers(self) -> dict[WorkerId, WorkerTotals]:
-        """What each worker has done so far."""
-        return self.fleet.workers
-
-    def add_worker(self, hello: Hello, max_num_seqs: int = 64, chunk_tokens: int | None = 512) -> None:
-        """A worker is ready for requests."""
-        self.fleet.add(hello, max_num_seqs, chunk_tokens)
+        self._writers = Writers()
 
     def submit(self, request: RoutedRequest, now_s: float) -> None:
         """Take a request; it ends through `deliver`, even when no worker is left.
 
         Raises `Overloaded`, taking nothing, when no pair can start on it now and the queue is full.
         """
-        if self.queue.first is not None or not self._may_begin(request, now_s):
+        if self.queue.first is not None or not may_begin(request, self.fleet, now_s):
             self.queue.check_room(now_s)
         if request.deadline_s is None and self.settings.queue_timeout_s is not None:
             request.deadline_s = now_s + self.settings.queue_timeout_s
@@ -102,6 +94,10 @@ class Router:
 
     def on_message(self, message: Message, now_s: float) -> None:
         """A message from a worker. One about an attempt that is over changes nothing but the totals."""
+        if isinstance(message, Mark | PromptScored | Preempted | AttemptFailed) and not self.is_current(
+            message
+        ):
+            return
         match message:
             case StepReport():
                 self._on_step(message, now_s)
@@ -125,14 +121,11 @@ class Router:
     def on_worker_dead(self, worker_id: WorkerId, reason: str, now_s: float) -> None:
         """A worker is gone for good: nothing of it writes any more, and its requests move on."""
         self.workers[worker_id].is_alive = False
-        for ticket_id, (writer, decode) in list(self._writers.items()):
-            if writer == worker_id:
-                self._on_writer_gone(WriterGone(ticket_id=ticket_id, decode_worker=decode))
+        for gone in self._writers.of(worker_id):
+            self._on_writer_gone(gone)
         error = WorkerFailed(f"{worker_id} died: {reason}")
         for request in list(self.requests.values()):
-            is_with_decode = request.is_committed and not request.owes_prompt_logprobs
-            needs_prefill = request.prefill == worker_id and not is_with_decode
-            if needs_prefill or request.decode == worker_id:
+            if request.is_on(worker_id):
                 request.num_deaths += 1
                 self._retry(request, error, now_s)
 
@@ -144,10 +137,16 @@ class Router:
         return request is not None and request.decode is not None and request.attempt == message.attempt
 
     def has_work(self, worker_id: WorkerId) -> bool:
-        """Whether any request is waiting for this worker."""
-        owes_writer_gone = any(writer == worker_id for writer, _ in self._writers.values())
-        requests = self.requests.values()
-        return owes_writer_gone or any(worker_id in (request.prefill, request.decode) for request in requests)
+        """Whether anything is waiting for this worker, or for its end as a writer."""
+        load = self.fleet.loads[worker_id]
+        return bool(load.num_prompts or load.num_requests) or self._writers.involve(worker_id)
+
+    def move_away(self, worker_id: WorkerId, now_s: float) -> None:
+        """Requests of a living worker go on elsewhere, as after a preemption."""
+        for request in list(self.requests.values()):
+            if request.is_on(worker_id):
+                self._cancel_attempt(request)
+                self._requeue(request, now_s)
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
         self.fleet.add_step(step)
@@ -178,8 +177,6 @@ class Router:
             self._end(request, update)
 
     def _on_prompt_scored(self, message: PromptScored, now_s: float) -> None:
-        if not self.is_current(message):
-            return
         request = self.requests[message.request_id]
         request.prompt_logprobs += message.logprobs
         if not request.owes_prompt_logprobs:
@@ -202,15 +199,11 @@ class Router:
         request.ticket = ticket
         if self.observer is not None:
             self.observer.on_reserved(request, message.at_s - request.reserved_at_s)
-        if ticket is None:
-            return
-        assert request.prefill is not None
-        self._writers[ticket.ticket_id] = (request.prefill, ticket.decode_worker)
-        self._say(request.prefill, Prefill(request=request.spec(), ticket=ticket))
+        if ticket is not None and request.prefill is not None:
+            self._writers.add(ticket, request.prefill)
+            self._say(request.prefill, Prefill(request=request.spec(), ticket=ticket))
 
     def _on_mark(self, message: Mark, now_s: float) -> None:
-        if not self.is_current(message):
-            return
         request = self.requests[message.request_id]
         request.ledger.add(message.event, message.at_s)
         request.has_begun = True
@@ -220,21 +213,18 @@ class Router:
             self.fleet.succeeded(request)
             request.is_committed = True
             if request.ticket is not None:
-                self._writers.pop(request.ticket.ticket_id, None)
+                self._writers.discard(request.ticket.ticket_id)
         self._pump(now_s)
 
     def _on_writer_gone(self, message: WriterGone) -> None:
-        self._writers.pop(message.ticket_id, None)
+        self._writers.discard(message.ticket_id)
         self._say(message.decode_worker, message)
 
     def _on_preempted(self, message: Preempted, now_s: float) -> None:
-        if self.is_current(message):
-            self.counts.num_ended["preempted"] += 1
-            self._requeue(self.requests[message.request_id], now_s)
+        self.counts.num_ended["preempted"] += 1
+        self._requeue(self.requests[message.request_id], now_s)
 
     def _on_attempt_failed(self, message: AttemptFailed, now_s: float) -> None:
-        if not self.is_current(message):
-            return
         request = self.requests[message.request_id]
         error = ERRORS.get(message.error, KVRelayError)(message.message)
         if self.observer is not None:
@@ -267,26 +257,12 @@ class Router:
 
     def _pump(self, now_s: float) -> None:
         """Start what waits, in order, for as long as the first of the queue finds a pair or its end."""
-        while (request := self.queue.first) is not None:
-            reason = self.fleet.why_never(request)
-            pair = None if reason is not None else self._choose(request, now_s)
-            if reason is None and pair is None:
-                return
-            self.queue.remove(request)
-            if pair is not None:
-                self._begin(request, pair, now_s)
+        while (turn := next_start(self.queue, self.fleet, self.policy, now_s)) is not None:
+            request, found = turn
+            if isinstance(found, Pair):
+                self._begin(request, found, now_s)
             else:
-                error = request.last_error or reason
-                self._end(request, Update(request_id=request.request_id, error=error, at_s=now_s))
-
-    def _choose(self, request: RoutedRequest, now_s: float) -> Pair | None:
-        job = self.fleet.job(request)
-        pairs = self.fleet.pairs(request, job, now_s)
-        return self.policy.choose(job, pairs) if pairs else None
-
-    def _may_begin(self, request: RoutedRequest, now_s: float) -> bool:
-        has_an_end = self.fleet.why_never(request) is not None  # then there is nothing to wait for
-        return has_an_end or bool(self.fleet.pairs(request, self.fleet.job(request), now_s))
+                self._end(request, Update(request_id=request.request_id, error=found, at_s=now_s))
 
     def _begin(self, request: RoutedRequest, pair: Pair, now_s: float) -> None:
         self.fleet.take(request, pair, now_s)

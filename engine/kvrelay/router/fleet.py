@@ -27,7 +27,7 @@ class Fleet:
         self.workers: dict[WorkerId, WorkerTotals] = {}
         self.loads: dict[WorkerId, Load] = {}
 
-    def add(self, hello: Hello, max_num_seqs: int, chunk_tokens: int | None) -> None:
+    def add(self, hello: Hello, max_num_seqs: int = 64, chunk_tokens: int | None = 512) -> None:
         """A worker is ready. `chunk_tokens` is its prefill budget, None when it computes prompts whole."""
         self.workers[hello.worker_id] = WorkerTotals(hello)
         self.loads[hello.worker_id] = Load(
@@ -62,6 +62,9 @@ class Fleet:
     def why_never(self, request: RoutedRequest) -> KVRelayError | None:
         """Why no living workers could ever serve the request; None when some could."""
         needed = num_blocks(request.max_total_tokens)
+        if request.pinned is not None:
+            dead = [worker_id for worker_id in request.pinned if not self.workers[worker_id].is_alive]
+            return WorkerFailed(f"{dead[0]} is not alive") if dead else None
         for phase in ("prefill", "decode"):
             alive = self.alive(phase)
             if not any(load.num_blocks >= needed for load in alive):
@@ -81,6 +84,7 @@ class Fleet:
         return Job(
             num_tokens=request.num_prefill_tokens,
             max_new_tokens=request.max_total_tokens - len(request.token_ids),
+            num_others=sum(load.num_requests for load in self.loads.values()),
             block_hashes=hashes,
             slo_ttft_s=self._settings.slo_ttft_s,
             slo_itl_s=self._settings.slo_itl_s,
@@ -88,6 +92,8 @@ class Fleet:
 
     def pairs(self, request: RoutedRequest, job: Job, now_s: float) -> list[Pair]:
         """Pairs that can take the request now; without workers whose breaker is open, if others remain."""
+        if request.pinned is not None:
+            return [Pair(*(self.loads[worker_id] for worker_id in request.pinned))]
         needed = num_blocks(request.max_total_tokens)
         large = [load for load in self.loads.values() if load.num_blocks >= needed]
         prefills = _usable([load for load in self.alive("prefill") if load in large], request, now_s)
@@ -108,6 +114,7 @@ class Fleet:
     def take(self, request: RoutedRequest, pair: Pair, now_s: float) -> None:
         """Count a new attempt of the request on this pair."""
         request.begin_attempt(pair.prefill.worker_id, pair.decode.worker_id)
+        request.last_pair = (pair.prefill.worker_id, pair.decode.worker_id)
         pair.prefill.num_prefill_tokens += request.attempt_tokens
         pair.prefill.num_prompts += 1
         pair.decode.num_requests += 1
@@ -165,6 +172,12 @@ class Fleet:
             load.add_prefill(sum(step.num_tokens.values()), seconds)
         elif step.phase == "decode" and step.num_tokens:
             load.decode_speed.add(len(step.num_tokens), seconds)
+
+    def forget(self) -> None:
+        """Count what workers do from nothing; their measured speeds stay."""
+        for worker_id, totals in self.workers.items():
+            fresh = WorkerTotals(totals.hello, heartbeat=totals.heartbeat, is_alive=totals.is_alive)
+            self.workers[worker_id] = fresh
 
     def _stays_local(self, decode: Load, num_tokens: int, num_cached: int) -> bool:
         return num_tokens == 0 or 0 < num_tokens - num_cached <= self.local_prefill_tokens

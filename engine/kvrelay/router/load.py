@@ -111,11 +111,13 @@ class Load:
 class Job:
     """What a policy is told of a request: tokens to prefill, tokens it may generate, and the SLO it is under.
 
-    `block_hashes` names the full blocks of its tokens; empty where no worker caches prefixes.
+    `num_others` requests are given to workers already. `block_hashes` names the full blocks of its tokens;
+    empty where no worker caches prefixes.
     """
 
     num_tokens: int
     max_new_tokens: int = 1
+    num_others: int = 0
     block_hashes: Sequence[bytes] = ()
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
@@ -149,8 +151,12 @@ class Pair:
         return self.decode.decode_speed.step_s(self.decode.num_requests + 1)
 
     def joules(self, job: Job) -> float | None:
-        """Predicted joules: each phase's watts times its seconds, a decode step's shared by its sequences."""
-        count = self.decode.num_requests + 1
+        """Predicted joules: each phase's watts times its seconds, a decode step's shared by its sequences.
+
+        Decode workers are compared as if each had all requests, as far as its slots go: by the batches they
+        happen to have, whoever has more would seem thriftier and would keep getting more.
+        """
+        count = max(self.decode.num_requests, min(job.num_others, self.decode.max_num_seqs - 1)) + 1
         prefill_s = self.prefill.prefill_seconds(self.num_tokens_to_compute(job))
         step_s = self.decode.decode_speed.step_s(count)
         prefill_w, decode_w = self.prefill.watts.get("prefill"), self.decode.watts.get("decode")

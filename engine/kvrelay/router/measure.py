@@ -1,16 +1,19 @@
 """The run's books: engine steps and energy in, one report out."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvrelay.config import EngineConfig, cuda_visible_devices
 from kvrelay.energy import Activity, EnergyReader, EnergyReport, RequestEnergy, WorkerSite, open_meter
 from kvrelay.energy.power_model import parse_power_model
+from kvrelay.energy.report import WorkerEnergy
+from kvrelay.errors import InvalidConfig
 from kvrelay.metrics import PHASES, Report, WorkerTotals, phase_report, ratio, worker_report
 from kvrelay.router.core import Router
-from kvrelay.types import RequestId, WorkerId
+from kvrelay.types import Phase, RequestId, WorkerId
 from kvrelay.wire import Heartbeat, Hello, StepReport
 
+WATTS_EVERY_S = 1.0
 SAMPLE_EVERY_S = 0.02  # a request that ends samples the meter, at most this often
 
 
@@ -22,7 +25,7 @@ class Measurement:
         powers = config.powers()
         self._power_model = None if powers is None else parse_power_model(powers)
         self._reader: EnergyReader | None = None
-        self._sampled_s = 0.0
+        self._sampled_s = self._watts_s = 0.0
 
     def open(self, hellos: Sequence[Hello]) -> None:
         """The workers are known: start the energy reader. Raises what `open_meter` raises."""
@@ -37,7 +40,11 @@ class Measurement:
             )
             for hello in hellos
         ]
-        self._reader = EnergyReader(open_meter(self._config.meter, sites, self._power_model)).start()
+        meter = open_meter(self._config.meter, sites, self._power_model)
+        if meter.source is None and self._config.policy == "energy_aware":
+            meter.close()
+            raise InvalidConfig(f"policy='energy_aware' needs joules, and there is no meter: {meter.why}")
+        self._reader = EnergyReader(meter).start()
 
     def on_step(self, step: StepReport) -> None:
         """A worker did something; energy is shared by tokens, that of a transfer by bytes."""
@@ -72,6 +79,17 @@ class Measurement:
             self._reader.sample_now()
         return self._reader.request_energy(request_id)
 
+    def update_watts(self, now_s: float) -> None:
+        """Tell the fleet what each worker draws at work in each phase, for policies that look at energy."""
+        if self._reader is None or self._reader.meter.source is None or now_s < self._watts_s + WATTS_EVERY_S:
+            return
+        self._watts_s = now_s
+        account = self._reader.snapshot()
+        for worker_id, energy in account.workers.items():
+            totals = self._router.workers[WorkerId(worker_id)]
+            watts = net_watts(energy, totals.busy_s, account.window_s)
+            self._router.fleet.loads[WorkerId(worker_id)].watts = watts
+
     def report(self, now_s: float) -> Report:
         """Everything so far; the window of an unfinished run ends at `now_s`."""
         router = self._router
@@ -96,7 +114,10 @@ class Measurement:
             energy_source=energy.source,
             energy_note=self._energy_note(energy),
             energy=energy.to_dict(),
-            workers=[worker_report(worker, _joules(energy, worker)) for worker in workers],
+            workers=[
+                worker_report(worker, _joules(energy, worker), router.fleet.loads[worker_id].role)
+                for worker_id, worker in router.workers.items()
+            ],
         )
 
     def close(self) -> None:
@@ -129,3 +150,12 @@ def _joules(energy: EnergyReport, worker: WorkerTotals) -> float | None:
     parts = (found.prefill_j, found.transfer_j, found.decode_j, found.idle_j)
     known = [part for part in parts if part is not None]
     return sum(known) if known else None
+
+
+def net_watts(energy: WorkerEnergy, busy_s: Mapping[Phase, float], window_s: float) -> dict[Phase, float]:
+    """Joules of a phase over its seconds, less the worker's own idle draw where its meter tells it."""
+    idle_s = window_s - busy_s["prefill"] - busy_s["decode"]  # transfer runs beside prefill
+    idle_w = energy.idle_j / idle_s if energy.idle_j is not None and idle_s > 0.0 else 0.0
+    joules: dict[Phase, float | None] = {"prefill": energy.prefill_j, "decode": energy.decode_j}
+    known = {phase: j / busy_s[phase] for phase, j in joules.items() if j and busy_s[phase]}
+    return {phase: max(0.0, watts - idle_w) for phase, watts in known.items()}

@@ -77,6 +77,8 @@ class RoutedRequest:
     avoid: WorkerId | None = None  # the next attempt goes elsewhere, if there is an elsewhere
     reserved_at_s: float = 0.0  # when decode was asked for blocks
     num_blocks_held: int = 0  # decode blocks that the router counts for it
+    traceparent: str | None = None  # of the caller's span (W3C trace context)
+    last_pair: tuple[WorkerId, WorkerId] | None = None  # where the last attempt went
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
     attention: dict[str, AttentionUse] = field(default_factory=dict)
 
@@ -92,6 +94,11 @@ class RoutedRequest:
     def owes_prompt_logprobs(self) -> bool:
         """Whether prefill still has to score prompt tokens."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    def is_on(self, worker_id: WorkerId) -> bool:
+        """Whether the attempt still needs this worker."""
+        is_with_decode = self.is_committed and not self.owes_prompt_logprobs
+        return self.decode == worker_id or (self.prefill == worker_id and not is_with_decode)
 
     def add_attention(self, phase: Phase, use: AttentionUse) -> None:
         """Count what a step's queries read."""

@@ -16,15 +16,11 @@ import zmq
 from kvrelay import wire
 from kvrelay.config import EngineConfig
 from kvrelay.errors import ERRORS, EngineClosed, KVRelayError, ProtocolError, WorkerFailed
-from kvrelay.router.core import Router
-from kvrelay.router.measure import Measurement
-from kvrelay.router.policies import open_policy
+from kvrelay.router.control import Control
 from kvrelay.router.request import Update
-from kvrelay.router.settings import RouterSettings
-from kvrelay.router.telemetry import Telemetry
 from kvrelay.types import WorkerId
 from kvrelay.wakeup import Wakeup
-from kvrelay.wire import Connect, Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
+from kvrelay.wire import Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
 
 TICK_S = 0.05
 LAST_WORDS_S = 0.2  # how long a dead worker's last messages may still be on their way
@@ -56,9 +52,8 @@ class Runtime:
         on_update: Callable[[Update], None],
     ) -> None:
         self._config, self._watch = config, watch
-        self.router = Router(open_policy(config.policy), self._send, on_update, _settings(config))
-        self.measurement = Measurement(config, self.router)
-        self.telemetry = self.router.observer = Telemetry(config, self.router)
+        self.control = Control(config, self._send, self.call, on_update)
+        self.router = self.control.router
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
@@ -68,7 +63,6 @@ class Runtime:
         self._wakeup = Wakeup()
         self._commands: deque[Callable[[], None]] = deque()
         self._waiting_for = {worker_id for worker_id, _ in config.roles()}
-        self._handshakes: dict[tuple[WorkerId, WorkerId], float] = {}  # open ones, and when they began
         self._ready: Future[None] = Future()
         self._heard_s: dict[WorkerId, float] = {}
         self._stopped: dict[WorkerId, int] = {}
@@ -110,10 +104,6 @@ class Runtime:
         self._wakeup.set()
         return future
 
-    def metrics(self, now_s: float) -> bytes:
-        """The text of `/metrics`. On the router's thread: `call(runtime.metrics)`."""
-        return self.telemetry.render(self.measurement.energy(), now_s)
-
     def close(self) -> dict[WorkerId, int]:
         """Fail what is in flight, stop the workers and the thread; leaked blocks by worker that said so."""
         with self._lock:
@@ -121,7 +111,7 @@ class Runtime:
         if not was_closing:
             self._wakeup.set()
             self._thread.join()
-            self.measurement.close()
+            self.control.measurement.close()
             self._socket.close()
             self._context.term()
             self._wakeup.close()
@@ -154,7 +144,7 @@ class Runtime:
             self._on_dead(worker_id, reason)
         now_s = time.monotonic()
         self._check_silence(now_s)
-        self.router.tick(now_s)
+        self.control.tick(now_s)
 
     def _receive(self, timeout_s: float = 0.0) -> None:
         """Handle what has arrived; with a time-out, also what still arrives until then."""
@@ -185,41 +175,32 @@ class Runtime:
                 self._stopped[message.worker_id] = message.num_leaked_blocks
             case _:
                 if isinstance(message, StepReport):
-                    self.measurement.on_step(message)
+                    self.control.measurement.on_step(message)
                 elif isinstance(message, wire.Heartbeat):
-                    self.measurement.on_heartbeat(message)
+                    self.control.measurement.on_heartbeat(message)
                 self.router.on_message(message, now_s)
 
     def _on_hello(self, hello: Hello) -> None:
         own = self._config.of_worker(hello.worker_id)
-        self.router.add_worker(hello, own.max_num_seqs, own.prefill_chunk_tokens)
+        self.router.fleet.add(hello, own.max_num_seqs, own.prefill_chunk_tokens)
         self._waiting_for.discard(hello.worker_id)
         if self._waiting_for:
             return
         hellos = [worker.hello for worker in self.router.workers.values()]
-        try:
-            self.measurement.open(hellos)
-        except KVRelayError as error:
-            self._not_ready(error)
-            return
         decodes = [hello for hello in hellos if hello.role == "decode"]
         for prefill in (hello for hello in hellos if hello.role == "prefill"):
             for decode in decodes:
-                self._handshakes[prefill.worker_id, decode.worker_id] = time.monotonic()
-                self._send(prefill.worker_id, Connect(peer=decode.descriptor))
+                self.control.links.connect((prefill.worker_id, decode.worker_id), time.monotonic())
         self._say_ready_if_done()
 
     def _on_connected(self, message: Connected) -> None:
-        begun_s = self._handshakes.pop((message.worker_id, message.peer), None)
-        if begun_s is not None:
-            self.telemetry.on_handshake(time.monotonic() - begun_s)
-        if message.error:
-            name, _, text = message.error.partition(": ")
-            self._not_ready(ERRORS.get(name, WorkerFailed)(text))
+        error = self.control.on_connected(message, time.monotonic())
+        if error is not None:
+            self._not_ready(error)
         self._say_ready_if_done()
 
     def _say_ready_if_done(self) -> None:
-        if not self._handshakes and not self._waiting_for and not self._ready.done():
+        if not self.control.links.num_open and not self._waiting_for and not self._ready.done():
             self._ready.set_result(None)
 
     def _not_ready(self, error: KVRelayError) -> None:
@@ -231,7 +212,7 @@ class Runtime:
         self._not_ready(WorkerFailed(f"{worker_id} did not start: {reason}"))
         if worker_id in self.router.workers and not self._closing:
             logger.error("%s died: %s", worker_id, reason)
-            self.measurement.on_worker_dead(worker_id)
+            self.control.measurement.on_worker_dead(worker_id)
             self.router.on_worker_dead(worker_id, reason, time.monotonic())
 
     def _check_silence(self, now_s: float) -> None:
@@ -249,6 +230,7 @@ class Runtime:
     def _shut_down(self) -> None:
         while self._commands:
             self._commands.popleft()()
+        self.control.roles.close(EngineClosed("the engine was closed while the role was changed"))
         self._fail_all(EngineClosed("the engine was closed while the request ran"))
         self._not_ready(EngineClosed("the engine was closed before it was ready"))
         for worker_id in self._waiting_for:  # still loading: it does not listen yet
@@ -267,13 +249,3 @@ class Runtime:
 
     def _send(self, worker_id: WorkerId, message: Message) -> None:
         self._socket.send_multipart([worker_id.encode(), wire.encode(message)])
-
-
-def _settings(config: EngineConfig) -> RouterSettings:
-    return RouterSettings(
-        max_queued_requests=config.max_queued_requests,
-        queue_timeout_s=config.queue_timeout_s,
-        slo_ttft_s=config.slo_ttft_s,
-        slo_itl_s=config.slo_itl_s,
-        local_prefill_tokens=config.local_prefill_tokens or 0,
-    )

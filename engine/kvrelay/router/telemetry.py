@@ -1,5 +1,8 @@
 """Turns what the router sees into the catalogue's metrics, where it happens; on the router's thread only."""
 
+import math
+from collections import deque
+
 from kvrelay.config import EngineConfig
 from kvrelay.energy import EnergyReport
 from kvrelay.errors import KVRelayError, LeaseExpired, TransportError
@@ -7,9 +10,12 @@ from kvrelay.metrics import PHASES, MetricRegistry, Timings, ratio
 from kvrelay.router.core import Router
 from kvrelay.router.policies import Auto
 from kvrelay.router.request import RoutedRequest, Update
+from kvrelay.sparse import AttentionUse
 from kvrelay.types import WorkerId
 from kvrelay.wire import Heartbeat
 
+RECENT_REQUESTS = 100
+FEW_REQUESTS = 20  # fewer are not taken for all
 JOULES_PER_KWH = 3.6e6
 SPANS = {
     "request_queue_time_seconds": "queue_s",
@@ -25,7 +31,6 @@ COUNTERS = {  # what workers count in heartbeats -> metric
     "prefix_cache_hits": "prefix_cache_hits_total",
 }
 TIER_HITS = "tier_hits_"  # + the tier's name
-SPARSE = ("sparse_attended_blocks", "sparse_causal_blocks")
 
 
 class Telemetry:
@@ -35,7 +40,9 @@ class Telemetry:
         self._config, self._router = config, router
         self.registry = MetricRegistry(config.served_name(), config.metrics_alias)
         self._has_slo = config.slo_ttft_s is not None or config.slo_itl_s is not None
+        self._recent: deque[tuple[bool, bool]] = deque(maxlen=RECENT_REQUESTS)
         self.num_met = self.num_missed = 0
+        self._attention: dict[str, AttentionUse] = {}
         self._seen: dict[tuple[WorkerId, str], int] = {}
         self._seen_j: dict[tuple[WorkerId, str], float] = {}
         for reason in ("stop", "length", "abort"):
@@ -58,6 +65,9 @@ class Telemetry:
             self.registry.add("kv_transfer_failed_total", 1, type(error).__name__)
 
     def on_end(self, request: RoutedRequest, update: Update) -> None:
+        for phase, use in request.attention.items():
+            self._attention[phase] = self._attention.get(phase, AttentionUse()) + use
+            self.registry.set("sparse_attention_density", self._attention[phase].share_of_pairs, phase)
         if update.finish_reason is None:
             self.registry.add("request_failure_total", 1, type(update.error).__name__)
             return
@@ -65,7 +75,8 @@ class Telemetry:
         timings = request.ledger.timings(update.at_s)
         self._observe(timings, request)
         if self._has_slo and update.finish_reason != "abort":
-            met = self._is_met(timings)
+            self._recent.append(self._within(timings))
+            met = all(self._recent[-1])
             self.num_met += met
             self.num_missed += not met
             self.registry.add("slo_requests_total", 1, "met" if met else "missed")
@@ -75,8 +86,15 @@ class Telemetry:
         self.registry.observe("kv_transfer_handshake_seconds", seconds)
 
     def on_role_change(self, outcome: str) -> None:
-        """A change of role ended: `done` or `rolled_back`."""
+        """A change of role ended: `done` or `rolled_back`. What was missed before says nothing any more."""
+        self._recent.clear()
         self.registry.add("role_changes_total", 1, outcome)
+
+    def missed(self) -> tuple[float, float]:
+        """Shares of the last requests that missed the TTFT SLO and the gap SLO; 0 without an SLO."""
+        count = max(FEW_REQUESTS, len(self._recent))
+        ttft, gap = (sum(not within[i] for within in self._recent) for i in (0, 1))
+        return ttft / count, gap / count
 
     def render(self, energy: EnergyReport, now_s: float) -> bytes:
         """The text exposition of everything, with the meter's latest report."""
@@ -97,13 +115,12 @@ class Telemetry:
         if timings.itl_s:
             observe("request_time_per_output_token_seconds", sum(timings.itl_s) / len(timings.itl_s))
 
-    def _is_met(self, timings: Timings) -> bool:
+    def _within(self, timings: Timings) -> tuple[bool, bool]:
+        """Whether the time to first token, and the mean gap, are within the SLO."""
         config, gaps = self._config, timings.itl_s
         mean_itl_s = sum(gaps) / len(gaps) if gaps else 0.0
-        in_time = timings.ttft_s is not None
-        if config.slo_ttft_s is not None and timings.ttft_s is not None:
-            in_time = timings.ttft_s <= config.slo_ttft_s
-        return in_time and (config.slo_itl_s is None or mean_itl_s <= config.slo_itl_s)
+        in_time = timings.ttft_s is not None and timings.ttft_s <= (config.slo_ttft_s or math.inf)
+        return in_time, config.slo_itl_s is None or mean_itl_s <= config.slo_itl_s
 
     def _collect_requests(self) -> None:
         router, registry = self._router, self.registry
@@ -138,14 +155,14 @@ class Telemetry:
                 registry.set_total("kv_transfer_bytes_total", totals.kv_bytes, worker_id)
             if beat is None:
                 continue
-            self._collect_counters(beat, labels)
+            self._collect_counters(beat)
             taken = beat.num_blocks - beat.num_free_blocks
             registry.set("worker_kv_cache_usage_ratio", taken / beat.num_blocks, *labels)
             if load.role != "prefill":
                 num_taken, num_blocks = num_taken + taken, num_blocks + beat.num_blocks
         registry.set("kv_cache_usage_perc", ratio(num_taken, num_blocks))
 
-    def _collect_counters(self, beat: Heartbeat, labels: tuple[str, str]) -> None:
+    def _collect_counters(self, beat: Heartbeat) -> None:
         """What only some engines count: absent from `/metrics` where workers do not report it."""
         for counter, count in beat.counters.items():
             seen = self._seen.get((beat.worker_id, counter), 0)
@@ -154,8 +171,6 @@ class Telemetry:
                 self.registry.add(COUNTERS[counter], max(0, count - seen))
             elif counter.startswith(TIER_HITS):
                 self.registry.add("kv_tier_hits_total", max(0, count - seen), counter.removeprefix(TIER_HITS))
-        attended, causal = (beat.counters.get(name) for name in SPARSE)
-        self.registry.set("sparse_attention_density", ratio(attended, causal), *labels)
 
     def _collect_energy(self, energy: EnergyReport, window_s: float) -> None:
         registry, source, counts = self.registry, energy.source, self._router.counts

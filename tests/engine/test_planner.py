@@ -1,0 +1,125 @@
+"""The planner: slow to decide, never back and forth, every decision has a reason; a pool that it helps."""
+
+import logging
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrelay.experiments.simulated_worker import WorkerModel
+from kvrelay.experiments.simulation import Arrival, Simulation
+from kvrelay.router.planner import PATIENCE_S, PAUSE_S, Decision, Planner, PoolState
+
+CALM = PoolState(num_prefill=2, num_decode=2, prefill_backlog_s=0.0, decode_taken=0.6)
+PREFILL_SHORT = PoolState(num_prefill=1, num_decode=3, prefill_backlog_s=9.0, decode_taken=0.1)
+DECODE_SHORT = PoolState(num_prefill=3, num_decode=1, prefill_backlog_s=0.0, decode_taken=0.95)
+BOTH_SHORT = PoolState(num_prefill=2, num_decode=2, prefill_backlog_s=9.0, decode_taken=0.95)
+
+
+def decisions(states: list[tuple[PoolState, float]]) -> list[tuple[float, str]]:
+    """Time and receiver of each decision, looking once a second; each state holds for so many seconds."""
+    planner, now_s, found = Planner(), 0.0, []
+    for state, seconds in states:
+        end_s = now_s + seconds
+        while now_s < end_s:
+            decision = planner.decide(state, now_s)
+            if decision is not None:
+                found.append((now_s, decision.give_to))
+            now_s += 1.0
+    return found
+
+
+def test_a_shortage_must_last() -> None:
+    assert decisions([(PREFILL_SHORT, PATIENCE_S - 1), (CALM, 5), (PREFILL_SHORT, PATIENCE_S - 1)]) == []
+    assert decisions([(PREFILL_SHORT, PATIENCE_S + 1)]) == [(PATIENCE_S, "prefill")]
+    assert decisions([(DECODE_SHORT, PATIENCE_S + 1)]) == [(PATIENCE_S, "decode")]
+
+
+def test_after_a_decision_there_is_a_pause() -> None:
+    times = [at_s for at_s, _ in decisions([(PREFILL_SHORT, 300)])]
+    assert len(times) > 2
+    assert all(later - earlier >= PAUSE_S for earlier, later in pairwise(times))
+
+
+def test_overload_of_both_pools_moves_nobody_and_neither_does_the_last_worker() -> None:
+    assert decisions([(CALM, 100), (BOTH_SHORT, 100)]) == []
+    last = PoolState(num_prefill=1, num_decode=1, prefill_backlog_s=9.0, decode_taken=0.1)
+    assert decisions([(last, 100)]) == []
+
+
+def test_a_reason_has_the_figures() -> None:
+    planner = Planner(slo_ttft_s=0.5)
+    planner.decide(PREFILL_SHORT, 0.0)
+    decision = planner.decide(PREFILL_SHORT, PATIENCE_S)
+    assert isinstance(decision, Decision)
+    assert "prefill has 9.00 s of prompts waiting (limit 0.5 s)" in decision.reason
+    assert "decode is 10% taken" in decision.reason
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.builds(
+                PoolState,
+                num_prefill=st.integers(1, 4),
+                num_decode=st.integers(1, 4),
+                prefill_backlog_s=st.floats(0, 10),
+                decode_taken=st.floats(0, 1),
+                ttft_missed=st.floats(0, 1),
+                itl_missed=st.floats(0, 1),
+            ),
+            st.integers(1, 40),
+        ),
+        max_size=10,
+    )
+)
+def test_no_two_decisions_within_the_pause_whatever_comes(states: list[tuple[PoolState, float]]) -> None:
+    times = [at_s for at_s, _ in decisions(states)]
+    assert all(later - earlier >= PAUSE_S for earlier, later in pairwise(times))
+
+
+@given(
+    st.floats(0, 10),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_no_state_asks_for_both_directions(
+    backlog_s: float, taken: float, ttft_missed: float, itl_missed: float
+) -> None:
+    state = PoolState(
+        num_prefill=2,
+        num_decode=2,
+        prefill_backlog_s=backlog_s,
+        decode_taken=taken,
+        ttft_missed=ttft_missed,
+        itl_missed=itl_missed,
+    )
+    planner = Planner()
+    assert planner._prefill_is_short(state) is None or planner._decode_is_short(state) is None
+
+
+def long_prompts(rate_per_s: float, seconds: float) -> list[Arrival]:
+    chance, at_s, trace = random.Random(3), 0.0, []
+    while (at_s := at_s + chance.expovariate(rate_per_s)) < seconds:
+        trace.append(Arrival(at_s, chance.randint(3000, 5000), chance.randint(5, 15)))
+    return trace
+
+
+def test_a_pool_with_the_wrong_roles_for_its_load_is_put_right(caplog: pytest.LogCaptureFixture) -> None:
+    pool = [WorkerModel(worker_id="p0", role="prefill")]
+    pool += [WorkerModel(worker_id=f"d{i}", role="decode") for i in range(3)]
+    trace = long_prompts(1.6, 240.0)  # more than one prefill worker can do, far less than two
+    fixed = Simulation(pool, slo_ttft_s=4.0).run(trace)
+    with caplog.at_level(logging.WARNING, "kvrelay"):
+        planned = Simulation(pool, slo_ttft_s=4.0, role_planner=True).run(trace)
+    assert all(outcome.error is None for outcome in planned.outcomes)
+    assert len(planned.router.fleet.alive("prefill")) == 2
+    assert "becomes a prefill worker: prefill has" in caplog.text
+    assert late(planned) < late(fixed) / 2
+
+
+def late(run: Simulation) -> int:
+    return sum(o.timings is None or (o.timings.ttft_s or 99.0) > 4.0 for o in run.outcomes)
