@@ -102,7 +102,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `carbon_g_per_kwh` turn joules and hours into costs; nothing is shown of those not given.
     `metrics_alias="vllm"` shows metrics that vLLM has under its names too; `served_model_name` (None: the
     end of `model`) is their `model_name`.
-    `role_planner` lets the router change workers' roles by itself.
+    `role_planner` lets the router change workers' roles by itself. `otel_endpoint` is where spans go, such
+    as `http://localhost:4318/v1/traces` (extra `otel`).
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
@@ -143,6 +144,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metrics_alias: Literal["vllm"] | None = None
     served_model_name: str | None = None
     role_planner: bool = False
+    otel_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)

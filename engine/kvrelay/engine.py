@@ -37,13 +37,19 @@ CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that has been tokenised and found valid; `max_total_tokens` bounds prompt and output."""
+    """A request that has been tokenised and found valid; `max_total_tokens` bounds prompt and output.
+
+    `queue_timeout_s`, if not None, takes the place of the engine's. `traceparent` (W3C trace context) is the
+    caller's span. Both are set with `dataclasses.replace`.
+    """
 
     prompt: str | None
     token_ids: list[int]
     max_total_tokens: int
     params: SamplingParams
     arrived_s: float
+    queue_timeout_s: float | None = None
+    traceparent: str | None = None
 
 
 class Engine:
@@ -117,6 +123,8 @@ class Engine:
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             max_total_tokens=prepared.max_total_tokens,
+            deadline_s=_deadline_s(prepared),
+            traceparent=prepared.traceparent,
         )
         stream = OutputStream(
             request=request,
@@ -239,6 +247,13 @@ class Engine:
             )
             for index, (worker_id, role) in enumerate(roles)
         ]
+
+
+def _deadline_s(prepared: Prepared) -> float | None:
+    timeout_s = prepared.queue_timeout_s
+    if timeout_s is not None and not timeout_s > 0:
+        raise InvalidRequest(f"queue_timeout_s={timeout_s!r}: expected seconds above 0, or None")
+    return None if timeout_s is None else prepared.arrived_s + timeout_s
 
 
 def _check_names(config: EngineConfig) -> None:

@@ -111,7 +111,7 @@ def long_prompts(rate_per_s: float, seconds: float) -> list[Arrival]:
 def test_a_pool_with_the_wrong_roles_for_its_load_is_put_right(caplog: pytest.LogCaptureFixture) -> None:
     pool = [WorkerModel(worker_id="p0", role="prefill")]
     pool += [WorkerModel(worker_id=f"d{i}", role="decode") for i in range(3)]
-    trace = long_prompts(1.6, 240.0)  # more than one prefill worker can do, far less than two
+    trace = long_prompts(1.2, 240.0)  # more than one prefill worker can do, far less than two
     fixed = Simulation(pool, slo_ttft_s=4.0).run(trace)
     with caplog.at_level(logging.WARNING, "kvrelay"):
         planned = Simulation(pool, slo_ttft_s=4.0, role_planner=True).run(trace)

@@ -20,6 +20,7 @@ from kvrelay.router.probes import Probes
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.roles import RoleChanges
 from kvrelay.router.settings import RouterSettings
+from kvrelay.router.spans import open_spans
 from kvrelay.router.telemetry import Telemetry
 from kvrelay.types import Role, WorkerId
 from kvrelay.wire import Connected, Message
@@ -49,6 +50,8 @@ class Control:
         self.links = Links(send, lambda worker_id: self.router.workers[worker_id].hello.descriptor)
         self.roles = RoleChanges(self.router, self.probes, self.links)
         self._planner = PoolPlanner(self.router, self.roles, self.telemetry) if config.role_planner else None
+        name = config.served_name()
+        self._spans = None if config.otel_endpoint is None else open_spans(config.otel_endpoint, name)
         self._num_probes = 0
 
     def open_books(self) -> None:
@@ -100,10 +103,17 @@ class Control:
         """The text of `/metrics`."""
         return self.telemetry.render(self.measurement.energy(), now_s)
 
+    def close(self) -> None:
+        """Stop the energy reader, and send the spans that are left."""
+        self.measurement.close()
+        if self._spans is not None:
+            self._spans.close()
+
     def _open_books(self, now_s: float) -> None:
         self.router.counts, self.router.queue.num_dispatched = RunCounts(), 0
         self.router.fleet.forget()
         self.router.observer = self.telemetry
+        self.telemetry.on_span = None if self._spans is None else self._spans.on_end
         self.measurement.open([worker.hello for worker in self.router.workers.values()])
 
     def _deliver(self, update: Update) -> None:

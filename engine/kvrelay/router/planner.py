@@ -133,7 +133,7 @@ class PoolPlanner:
         if now_s < self._next_s or len(self._roles):
             return
         self._next_s = now_s + LOOK_EVERY_S
-        decision = self._planner.decide(pool_state(self._router, *self._telemetry.missed()), now_s)
+        decision = self._planner.decide(pool_state(self._router, *self._telemetry.missed(now_s)), now_s)
         if decision is not None:
             self._carry_out(decision, now_s)
 

@@ -111,7 +111,7 @@ class Runtime:
         if not was_closing:
             self._wakeup.set()
             self._thread.join()
-            self.control.measurement.close()
+            self.control.close()
             self._socket.close()
             self._context.term()
             self._wakeup.close()

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 from kvrelay.config import EngineConfig
 from kvrelay.energy import EnergyReport
@@ -14,7 +15,7 @@ from kvrelay.sparse import AttentionUse
 from kvrelay.types import WorkerId
 from kvrelay.wire import Heartbeat
 
-RECENT_REQUESTS = 100
+RECENT_S = 30.0  # what is older is forgotten before the planner's pause is over
 FEW_REQUESTS = 20  # fewer are not taken for all
 JOULES_PER_KWH = 3.6e6
 SPANS = {
@@ -40,7 +41,8 @@ class Telemetry:
         self._config, self._router = config, router
         self.registry = MetricRegistry(config.served_name(), config.metrics_alias)
         self._has_slo = config.slo_ttft_s is not None or config.slo_itl_s is not None
-        self._recent: deque[tuple[bool, bool]] = deque(maxlen=RECENT_REQUESTS)
+        self.on_span: Callable[[RoutedRequest, Update], None] | None = None
+        self._recent: deque[tuple[float, bool, bool]] = deque()
         self.num_met = self.num_missed = 0
         self._attention: dict[str, AttentionUse] = {}
         self._seen: dict[tuple[WorkerId, str], int] = {}
@@ -65,6 +67,8 @@ class Telemetry:
             self.registry.add("kv_transfer_failed_total", 1, type(error).__name__)
 
     def on_end(self, request: RoutedRequest, update: Update) -> None:
+        if self.on_span is not None:
+            self.on_span(request, update)
         for phase, use in request.attention.items():
             self._attention[phase] = self._attention.get(phase, AttentionUse()) + use
             self.registry.set("sparse_attention_density", self._attention[phase].share_of_pairs, phase)
@@ -75,8 +79,9 @@ class Telemetry:
         timings = request.ledger.timings(update.at_s)
         self._observe(timings, request)
         if self._has_slo and update.finish_reason != "abort":
-            self._recent.append(self._within(timings))
-            met = all(self._recent[-1])
+            within = self._within(timings)
+            self._recent.append((update.at_s, *within))
+            met = all(within)
             self.num_met += met
             self.num_missed += not met
             self.registry.add("slo_requests_total", 1, "met" if met else "missed")
@@ -86,15 +91,16 @@ class Telemetry:
         self.registry.observe("kv_transfer_handshake_seconds", seconds)
 
     def on_role_change(self, outcome: str) -> None:
-        """A change of role ended: `done` or `rolled_back`. What was missed before says nothing any more."""
-        self._recent.clear()
+        """A change of role ended: `done` or `rolled_back`."""
         self.registry.add("role_changes_total", 1, outcome)
 
-    def missed(self) -> tuple[float, float]:
-        """Shares of the last requests that missed the TTFT SLO and the gap SLO; 0 without an SLO."""
+    def missed(self, now_s: float) -> tuple[float, float]:
+        """Shares of requests that ended lately and missed the TTFT SLO, the gap SLO; 0 without an SLO."""
+        while self._recent and self._recent[0][0] < now_s - RECENT_S:
+            self._recent.popleft()
         count = max(FEW_REQUESTS, len(self._recent))
-        ttft, gap = (sum(not within[i] for within in self._recent) for i in (0, 1))
-        return ttft / count, gap / count
+        in_time, smooth = (sum(met[i] for met in self._recent) for i in (1, 2))
+        return (len(self._recent) - in_time) / count, (len(self._recent) - smooth) / count
 
     def render(self, energy: EnergyReport, now_s: float) -> bytes:
         """The text exposition of everything, with the meter's latest report."""
