@@ -44,7 +44,8 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer.
 
-        Returns the hidden states of the chunks' tokens, one chunk after the other, [T, hidden].
+        Returns the hidden states of the chunks' tokens, one chunk after the other, [T, hidden]; none where no
+        request wants its prompt scored, as what follows the last layer's attention is then not computed.
         """
         spans = []
         for chunk in chunks:
@@ -57,7 +58,8 @@ class Runner:
             for chunk in chunks
             for token in chunk.job.request.token_ids[chunk.start : chunk.start + chunk.length]
         ]
-        return self._forward(tokens, spans, after_layer)
+        kv_only = all(chunk.job.request.prompt_logprobs is None for chunk in chunks)
+        return self._forward(tokens, spans, after_layer, kv_only=kv_only)
 
     def score(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[int, list[TokenLogprobs]]]:
         """Log-probabilities of the prompt tokens that follow those of `hidden [chunk.length, hidden]`.
@@ -119,12 +121,18 @@ class Runner:
         return self.decoder.logits(self._forward(tokens, spans, None))
 
     def _forward(
-        self, tokens: list[int], spans: list[Span], after_layer: Callable[[int], None] | None
+        self,
+        tokens: list[int],
+        spans: list[Span],
+        after_layer: Callable[[int], None] | None,
+        *,
+        kv_only: bool = False,
     ) -> torch.Tensor:
         device = self.store.device
         positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
         attend = PagedAttention(self.store, spans, after_layer)
-        hidden = self.decoder.forward(torch.tensor(tokens, device=device), positions.to(device), attend)
+        token_ids = torch.tensor(tokens, device=device)
+        hidden = self.decoder.forward(token_ids, positions.to(device), attend, kv_only=kv_only)
         self.attention = attend.uses() if self.sparse is not None else []
         return hidden
 

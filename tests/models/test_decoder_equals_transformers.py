@@ -122,3 +122,21 @@ def test_bfloat16_is_close_to_transformers(impl: str, tmp_path: Path) -> None:
     [logits] = DenseSequences(decoder, 1).forward([(0, token_ids)])
     theirs = reference_logits(model.to(torch.bfloat16), token_ids).float()
     assert (logits - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kv_only_attends_in_every_layer_as_always_and_stops(impl: str, tmp_path: Path) -> None:
+    decoder = load(tiny_model("qwen2"), tmp_path, impl=impl)
+    token_ids, positions = torch.tensor(prompt(9)), torch.arange(9)
+    seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for kv_only, rows in seen.items():
+
+        def attend(layer: int, q: torch.Tensor, *kv: torch.Tensor, rows: Any = rows) -> torch.Tensor:
+            assert layer == len(rows)
+            rows.append(torch.cat((q, *kv), dim=1))
+            return q
+
+        hidden = decoder.forward(token_ids, positions, attend, kv_only=kv_only)
+        assert hidden.shape == (0 if kv_only else 9, 64)
+    assert len(seen[True]) == decoder.spec.num_layers
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))

@@ -74,6 +74,8 @@ def _kernels() -> list[Finding]:
     build = (
         "in C++" if backend != "torch" else "batched torch; a C++ compiler at install gives the faster ones"
     )
+    if backend != "torch":
+        build += ", the layers of models and their decode steps too (model_impl='native')"
     dense = "these" if backend != "torch" else "torch's own attention over gathered pages"
     detail = f"{backend}: {build}; dense attention of float32 and bfloat16 by {dense}"
     cpu = Finding(area="kernels", name="cpu", available=True, detail=detail)

@@ -69,10 +69,13 @@ class Decoder:
         """Dtype of every weight, of hidden states, and of q, k and v."""
         return self.embedding.dtype
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, *, kv_only: bool = False
+    ) -> torch.Tensor:
         """Run all layers over int64 `token_ids` [T] at int64 `positions` [T] of their own sequences.
 
-        Returns the hidden states after the last norm, [T, hidden]. Calls `attend` once per layer, in order.
+        Returns the hidden states after the last norm, [T, hidden]; none, [0, hidden], with `kv_only`, which
+        ends with the last layer's attention. Calls `attend` once per layer, in order.
         """
         hidden = embedding(token_ids, self.embedding)
         tables = self.rope.tables(positions, self.dtype)
@@ -80,6 +83,8 @@ class Decoder:
             normed = rms_norm(hidden, layer.input_norm, self.spec.rms_norm_eps)
             q, k, v = self._project(layer, normed, tables)
             attended = attend(index, q, k, v).flatten(1)
+            if kv_only and index == self.spec.num_layers - 1:
+                return hidden[:0]
             hidden = hidden + linear(attended, layer.output, layer.output_bias)
             normed = rms_norm(hidden, layer.mlp_norm, self.spec.rms_norm_eps)
             hidden = hidden + _mlp(layer, normed)

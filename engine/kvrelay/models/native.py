@@ -38,13 +38,17 @@ class NativeDecoder:
         """Device of every weight."""
         return torch.device("cpu")
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, *, kv_only: bool = False
+    ) -> torch.Tensor:
         """As `Decoder.forward`, but hidden states are float32 whatever `dtype` is."""
         native, num_q, num_kv = self.transformer, self.spec.num_q_heads, self.spec.num_kv_heads
         hidden, rotary = native.embed(token_ids), native.rotary(positions)
         for index in range(self.spec.num_layers):
             qkv = native.before_attention(index, hidden, rotary).to(self.dtype)
             attended = attend(index, *torch.split(qkv, [num_q, num_kv, num_kv], dim=1))
+            if kv_only and index == self.spec.num_layers - 1:
+                return hidden[:0]
             native.after_attention(index, attended.flatten(1), hidden)
         return native.last_norm(hidden)
 
