@@ -30,9 +30,17 @@ def tiny_server(
     directory: Path, listening: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[Served]:
     """Serve the model at `directory` as `tiny`; `listening` are server settings, the others the engine's."""
-    defaults = {"transport": "inproc", "dtype": "float32", "num_kv_blocks": 64, "verify_kv": True}
-    config = ServerConfig.of(port=0, served_model_name="tiny", **(listening or {}))
-    engine = Engine(EngineConfig.of(model=str(directory), threads_per_worker=1, **{**defaults, **settings}))
+    settings = {
+        "transport": "inproc",
+        "dtype": "float32",
+        "num_kv_blocks": 64,
+        "verify_kv": True,
+        "served_model_name": "tiny",
+        "threads_per_worker": 1,
+        **settings,
+    }
+    config = ServerConfig.of(port=0, **(listening or {}))
+    engine = Engine(EngineConfig.of(model=str(directory), **settings))
     try:
         listener = bind("127.0.0.1", 0)
         port = listener.getsockname()[1]

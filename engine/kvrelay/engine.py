@@ -21,7 +21,7 @@ from kvrelay.metrics import Report
 from kvrelay.models.hub import resolve
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
-from kvrelay.outputs import Detokenizer, OutputStream, StreamEvent
+from kvrelay.outputs import Detokenizer, InFlight, OutputStream, StreamEvent
 from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
@@ -153,6 +153,17 @@ class Engine:
         (`InvalidRequest` when it could not begin). Requests in flight end where they are, or move after 30 s.
         """
         return self._runtime.control.set_role(WorkerId(worker_id), role)
+
+    def in_flight(self) -> list[InFlight]:
+        """Requests that have not ended, the oldest first. Raises `EngineClosed` after `close`."""
+        return self._runtime.call(
+            lambda now_s: [stream.look(now_s) for stream in self._streams.values()]
+        ).result()
+
+    def slo(self) -> tuple[int, int]:
+        """Requests that met `slo_ttft_s` and `slo_itl_s`, and that missed them; none without either."""
+        telemetry = self._runtime.telemetry
+        return telemetry.num_met, telemetry.num_missed
 
     def metrics(self) -> bytes:
         """What `/metrics` shows, as Prometheus text (`kvrelay.metrics.CONTENT_TYPE`). See docs/metrics.md.

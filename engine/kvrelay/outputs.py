@@ -14,7 +14,7 @@ from kvrelay.metrics import Timings
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.sparse import AttentionUse
-from kvrelay.types import FinishReason, RequestId, TokenLogprobs
+from kvrelay.types import FinishReason, RequestId, TokenLogprobs, WorkerId
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +35,18 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     energy: RequestEnergy
     attention: dict[str, AttentionUse] = {}
+
+
+class InFlight(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that has not ended: its age and the part of its ledger that it is in."""
+
+    request_id: RequestId
+    part: str
+    age_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prefill: WorkerId | None
+    decode: WorkerId | None
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +79,19 @@ class OutputStream:
     def token_ids(self) -> list[int]:
         """Tokens generated so far."""
         return self.request.token_ids[self.request.num_prompt_tokens :]
+
+    def look(self, now_s: float) -> InFlight:
+        """Where the request stands."""
+        request = self.request
+        return InFlight(
+            request_id=request.request_id,
+            part=request.ledger.part(),
+            age_s=now_s - request.ledger.arrived_s,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=len(self.token_ids),
+            prefill=request.prefill,
+            decode=request.decode,
+        )
 
     def on_update(self, update: Update) -> bool:
         """Pass one update on; True when a stop string was found, so that the request must be ended.

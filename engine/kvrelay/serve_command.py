@@ -51,8 +51,9 @@ def serve(
         "dtype": dtype,
         "max_model_len": max_model_len,
         "power_model": power_model,
+        "served_model_name": served_model_name,
     }
-    server = {"host": host, "port": port, "api_key": api_key, "served_model_name": served_model_name}
+    server = {"host": host, "port": port, "api_key": api_key}
     file = {} if config is None else read_file(config)
     engine_config, server_config = combine(file, settings or [], engine, server)
     try:

@@ -12,7 +12,7 @@ from kvrelay.errors import InvalidConfig
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server: where it listens, who may use it, and how much one request may bring.
 
-    `api_key=None` takes that of `KVRELAY_API_KEY`. `served_model_name=None` is the model as it was asked for.
+    `api_key=None` takes that of `KVRELAY_API_KEY`.
     A client has `header_timeout_s` and `body_timeout_s` to send a request; `drain_timeout_s` is how long
     requests may go on after a signal to stop.
 
@@ -22,7 +22,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
-    served_model_name: str | None = None
     max_body_bytes: int = 8 * 1024 * 1024
     max_headers: int = 100
     max_header_bytes: int = 64 * 1024

@@ -14,6 +14,7 @@ from kvrelay.errors import InvalidConfig
 from kvrelay.server_config import ServerConfig
 
 SERVER = "server"
+MAX_QUEUED_REQUESTS = 1024  # a server answers 429 past this many unless told otherwise
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def combine(
             raise InvalidConfig(f"--set {path}: there is no table {table!r}; there is {SERVER!r}")
         (listening if table else chosen)[name] = value
     chosen |= {name: value for name, value in engine.items() if value is not None}
+    chosen.setdefault("max_queued_requests", MAX_QUEUED_REQUESTS)
     listening |= {name: value for name, value in server.items() if value is not None}
     if "model" not in chosen:
         raise InvalidConfig("model: missing; give --model, or model = '...' in the file")

@@ -68,6 +68,11 @@ class Ledger:
         """When the request arrived."""
         return self.events[0][0]
 
+    def part(self) -> str:
+        """The part of the ledger that the request is in, `queue` to `decode`."""
+        _, event = max(self.events, key=lambda event: (event[0], event[1] == "first_token"))
+        return SPANS[event].removesuffix("_s")
+
     def timings(self, end_s: float) -> Timings:
         """The ledger of a request that ended, or is looked at, at `end_s`.
 

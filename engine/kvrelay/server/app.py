@@ -19,6 +19,7 @@ from kvrelay.server.body import read_body
 from kvrelay.server.errors import Refused, error_response
 from kvrelay.server.gate import Gate
 from kvrelay.server.generation import ClientGone, EventBridge, Generation
+from kvrelay.server.live import add_live_page
 from kvrelay.server.openapi import Documents
 from kvrelay.server.operations import add_operations
 from kvrelay.server.plan import Plan, plan_chat, plan_completion
@@ -55,6 +56,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     router = APIRouter()
     _add_generation(router, service, documents)
     add_operations(router, service, documents)
+    add_live_page(router, service, documents)
     app.include_router(router)
     documents.install(app, with_key=config.api_key is not None)
     for kind in (KVRelayError, Refused, HTTPException, RequestValidationError, ClientGone, Exception):

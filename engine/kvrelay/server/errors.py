@@ -14,6 +14,7 @@ _FIELD = re.compile(r"([a-z_]\w*(?:[.\[][\w.\[\]]*)?)[=:]")
 _KINDS: dict[type[errors.KVRelayError], tuple[int, str, str | None]] = {  # the first that matches
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.Overloaded: (429, "rate_limit_error", "overloaded"),
+    errors.DeadlineExceeded: (503, "server_error", "deadline_exceeded"),
     errors.EngineClosed: (503, "server_error", "shutting_down"),
     errors.KVRelayError: (500, "server_error", None),
 }

@@ -10,17 +10,49 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import msgspec
+
+from kvrelay.energy import RequestEnergy
 from kvrelay.engine import Engine, Prepared
+from kvrelay.metrics import SPANS
 from kvrelay.outputs import RequestOutput, StreamEvent
 from kvrelay.types import RequestId
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Burst = list[tuple[int, StreamEvent]]
 NUM_RECENT = 50
+PARTS = tuple(dict.fromkeys(SPANS.values()))
 
 
 class ClientGone(Exception):
     """Nobody is left to answer."""
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """What is remembered of a request: its ledger (seconds), its joules, its counts; nothing of its text."""
+
+    request_id: RequestId
+    finish_reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    parts_s: dict[str, float]
+    ttft_s: float | None
+    e2e_s: float
+    energy: RequestEnergy
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> "Ended":
+        """From a finished request."""
+        return cls(
+            request_id=output.request_id,
+            finish_reason=output.finish_reason,
+            num_prompt_tokens=len(output.prompt_token_ids),
+            num_output_tokens=len(output.token_ids),
+            parts_s={part.removesuffix("_s"): getattr(output.timings, part) for part in PARTS},
+            ttft_s=output.timings.ttft_s,
+            e2e_s=output.timings.e2e_s,
+            energy=output.energy,
+        )
 
 
 class EventBridge:
@@ -28,7 +60,7 @@ class EventBridge:
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self.engine, self._loop = engine, loop
-        self.recent: deque[RequestOutput] = deque(maxlen=NUM_RECENT)
+        self.recent: deque[Ended] = deque(maxlen=NUM_RECENT)
         self._events: deque[tuple[Generation, int, StreamEvent]] = deque()
         self._is_woken = False
 
@@ -45,8 +77,14 @@ class EventBridge:
         while self._events:
             generation, index, event = self._events.popleft()
             if event.output is not None:
-                self.recent.append(event.output)
+                self.recent.append(Ended.of(event.output))
             generation.receive(index, event)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left, or has had its response. Its body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Generation:
@@ -114,7 +152,6 @@ class Generation:
             self._bridge.put(self, index, event)
 
     async def _wait_for_disconnect(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
         self._is_abandoned = True
         self._arrived.set()

@@ -63,6 +63,13 @@ class Documents:
             keywords["openapi_extra"] = {"requestBody": given}
         return keywords
 
+    def text(self, media_type: str) -> dict[str, Any]:
+        """Keywords of a route that answers in text."""
+        keywords = self.route(ErrorResponse, runs_engine=True)
+        content = {media_type.partition(";")[0]: {"schema": {"type": "string"}}}
+        keywords["responses"][200] = {"description": "done", "content": content}
+        return keywords
+
     def install(self, app: FastAPI, *, with_key: bool) -> None:
         """Make `app` serve the whole document."""
 
@@ -79,6 +86,9 @@ class Documents:
         )
         _, components = msgspec.json.schema_components(self._structs, ref_template=_TEMPLATE)
         schema["components"] = {"schemas": components}
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's own; ours are 400
         if with_key:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}]

@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from kvrelay.errors import EngineClosed, InvalidRequest
-from kvrelay.metrics import Report
+from kvrelay.metrics import CONTENT_TYPE, Report
 from kvrelay.server.body import read_body
 from kvrelay.server.logprobs import spelled
 from kvrelay.server.openapi import Documents
@@ -49,6 +49,13 @@ def _add_state(router: APIRouter, service: Service, documents: Documents) -> Non
     async def version() -> Response:
         """Our version."""
         return _json(Version(version=__version__))
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", **documents.text(CONTENT_TYPE))
+    async def metrics() -> Response:
+        """Prometheus' text; docs/metrics.md has the catalogue."""
+        text = await asyncio.to_thread(service.engine.metrics)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     @router.get("/v1/kvrelay/report", **documents.route(Report, runs_engine=True))
     async def report() -> Response:

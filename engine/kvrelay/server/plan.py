@@ -18,7 +18,8 @@ MAX_REQUESTS = 1024  # prompts x n of one HTTP request
 LARGE_TEXT = 16_384  # characters from which tokenising leaves the loop
 _SAME_NAME = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias"),
+    *("frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "priority"),
+    "cache_salt",
 )
 Prompt = str | list[int]
 

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from kvrelay.errors import InvalidRequest
-from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS
+from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS
 
 MAX_CHOICES = 128  # `n`
 MAX_PROMPTS = 1024
@@ -52,6 +52,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
     user: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=MAX_INTEGER)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARACTERS)] | None = None
     kvrelay: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: Any = None

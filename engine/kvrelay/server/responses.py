@@ -7,6 +7,7 @@ from msgspec import UNSET, UnsetType
 
 from kvrelay.energy import RequestEnergy
 from kvrelay.metrics import Timings, WorkerReport
+from kvrelay.sparse import AttentionUse
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -35,10 +36,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One request's ledger (seconds) and joules (None where nobody measured)."""
+    """One request's ledger (seconds), joules (None where nobody measured), and what sparse attention read."""
 
     timings: Timings
     energy: RequestEnergy
+    attention: dict[str, AttentionUse]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,11 +22,11 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """The name that clients use."""
-        return self.config.served_model_name or self.engine.config.model
+        """The name that clients use; that of the settings is taken too."""
+        return self.engine.config.served_name()
 
     def check_model(self, asked: str | None) -> None:
         """Raise 404 for a model that is not the one served; none at all means that one."""
-        if asked is not None and asked != self.model_name:
+        if asked is not None and asked not in (self.model_name, self.engine.config.model):
             message = f"model={asked!r}: it is not served here; {self.model_name!r} is"
             raise Refused(404, message, code="model_not_found")

@@ -3,7 +3,8 @@
 Source of the format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 
 import msgspec
 from fastapi import Response
@@ -29,15 +30,16 @@ HEADERS = [
 class EventStream(Response):
     """Sends what `events` yields; `close` is called however the response ends."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream")
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            async with aclosing(self._events) as pieces:
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
             return
@@ -54,7 +56,7 @@ class Chunks:
         self._always = options is not None and options.continuous_usage_stats is True
         self._num_tokens = 0
 
-    async def pieces(self, first: Burst, rest: AsyncIterator[Burst]) -> AsyncIterator[bytes]:
+    async def pieces(self, first: Burst, rest: AsyncIterator[Burst]) -> AsyncGenerator[bytes, None]:
         """`first`, which has come already, then the rest; an error on the way is the last event but one."""
         try:
             yield self._encode(first)

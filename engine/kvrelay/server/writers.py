@@ -66,7 +66,7 @@ def measured(plan: Plan, outputs: Sequence[RequestOutput | None]) -> Measured | 
     ended = [output for output in outputs if output is not None]
     if not plan.with_measured or not ended:
         return UNSET
-    each = [Measured(timings=output.timings, energy=output.energy) for output in ended]
+    each = [Measured(timings=o.timings, energy=o.energy, attention=o.attention) for o in ended]
     return each[0] if len(each) == 1 else each
 
 

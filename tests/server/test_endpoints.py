@@ -1,0 +1,290 @@
+"""Every route as a bare HTTP client sees it: documents, statuses, headers, and one shape for every error."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvrelay.server.responses import ErrorResponse
+from kvrelay.types import MAX_LOGPROBS
+from kvrelay.version import __version__
+from tiny_server import Served, tiny_server
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        yield client
+
+
+def assert_is_error(answer: httpx.Response, status: int, part: str, param: str | None = None) -> None:
+    assert answer.status_code == status, answer.text
+    error = msgspec.json.decode(answer.content, type=ErrorResponse).error
+    assert part in error.message
+    assert error.param == param
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_the_state_is_told(client: httpx.Client) -> None:
+    for path in ("/health", "/ready"):
+        assert client.get(path).json() == {"status": "ok", "reason": None}
+    assert client.get("/version").json() == {"version": __version__}
+    workers = client.get("/v1/kvrelay/workers").json()["workers"]
+    assert {worker["role"] for worker in workers} == {"prefill", "decode"}
+    assert client.get("/v1/kvrelay/report").json()["workers"][0]["num_blocks"] == 64
+
+
+def test_metrics_are_prometheus_text_and_count_what_was_served(client: httpx.Client) -> None:
+    def generated() -> float:
+        text = client.get("/metrics").text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        return families["kvrelay:generation_tokens"].samples[0].value
+
+    before = generated()
+    client.post("/v1/completions", json={"prompt": "x", "max_tokens": 7, "ignore_eos": True})
+    assert generated() == before + 7
+    head = client.head("/metrics")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"].startswith("text/plain")
+
+
+def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None:
+    text = "hello, wörld"
+    tokens = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert tokens["tokens"] == served.engine.tokenizer.encode(text)
+    assert tokens["count"] == len(tokens["tokens"]) == len(text.encode())
+    assert tokens["max_model_len"] == 1024
+    assert tokens["token_strs"][:2] == ["h", "e"]
+    assert client.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
+    chat = client.post("/tokenize", json={"messages": HI}).json()
+    assert chat["tokens"] == served.engine.tokenizer.encode("<|user|>hi\n<|assistant|>")
+    assert_is_error(client.post("/tokenize", json={}), 400, "exactly one of prompt and messages", "prompt")
+    assert_is_error(
+        client.post("/detokenize", json={"tokens": [258]}), 400, "258 is not in 0 to 257", "tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "part", "param"),
+    [
+        ("completions", {}, "missing required field `prompt`", None),
+        ("completions", {"prompt": 3}, "Expected `str | array`", "prompt"),
+        ("completions", {"prompt": []}, "length >= 1", "prompt"),
+        ("completions", {"prompt": ""}, "at least one token", "prompt"),
+        ("completions", {"prompt": [[]]}, "at least one token", "prompt"),
+        ("completions", {"prompt": [1, "a"]}, "got a mixture", "prompt"),
+        ("completions", {"prompt": [258]}, "258 is not in 0 to 257", "prompt"),
+        ("completions", {"prompt": ["x"] * 1025}, "1025 prompts; at most 1024", "prompt"),
+        ("completions", {"prompt": ["x"] * 9, "n": 128}, "9 prompts x n; at most 1024", "n"),
+        ("completions", {"prompt": "x", "n": 129}, "<= 128", "n"),
+        ("completions", {"prompt": "x", "best_of": 2}, "<= 1", "best_of"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "echo=true", "max_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": 1024}, "makes 1025", "max_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": -1}, ">= 0", "max_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": "3"}, "got `str`", "max_tokens"),
+        ("completions", {"prompt": "x", "min_tokens": 17}, "0 to max_tokens=16", "min_tokens"),
+        ("completions", {"prompt": "x", "temperature": -0.1}, ">= 0.0", "temperature"),
+        ("completions", {"prompt": "x", "top_p": 0}, "> 0.0", "top_p"),
+        ("completions", {"prompt": "x", "logprobs": MAX_LOGPROBS + 1}, "<= 20", "logprobs"),
+        ("completions", {"prompt": "x", "stop": ["a"] * 17}, "at most 16 strings", "stop"),
+        ("completions", {"prompt": "x", "stop": ""}, "at most 16 strings of 1 to", "stop"),
+        ("completions", {"prompt": "x", "logit_bias": {"300": 1}}, "300 is not in 0 to 257", "logit_bias"),
+        ("completions", {"prompt": "x", "logit_bias": {"3": 101}}, "from -100 to 100", "logit_bias"),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "Expected `int`", None),
+        ("completions", {"prompt": "x", "stream_options": {}}, "needs stream=true", "stream_options"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "fill in the middle", "suffix"),
+        ("completions", {"prompt": "x", "guided_regex": "a+"}, "not built", "guided_regex"),
+        ("completions", {"prompt": "x" * 200_000}, "characters; max_model_len=1024 holds", "prompt"),
+        ("chat/completions", {"messages": []}, "length >= 1", "messages"),
+        ("chat/completions", {"messages": HI, "tools": [{}]}, "not built", "tools"),
+        ("chat/completions", {"messages": HI, "chat_template": "{{ 1 }}"}, "not run", "chat_template"),
+        ("chat/completions", {"messages": HI, "top_logprobs": 2}, "needs logprobs=true", "top_logprobs"),
+        ("chat/completions", {"messages": HI, "response_format": {"type": "json_object"}}, "only", None),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "only text is read",
+            "messages[0].content",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    client: httpx.Client, path: str, body: dict[str, Any], part: str, param: str | None
+) -> None:
+    answer = client.post(f"/v1/{path}", json=body)
+    given = param if param is not None else answer.json()["error"]["param"]
+    assert_is_error(answer, 400, part, given)
+
+
+def test_fields_that_ask_for_nothing_and_unknown_ones_are_taken(client: httpx.Client) -> None:
+    body = {
+        "messages": HI,
+        "max_tokens": 2,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "best_of": 1,
+        "n": None,
+        "user": "me",
+        "never_heard_of": {"a": [1]},
+    }
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff", b'{"prompt": "\\ud800"}', b"[" * 200_000, b'{"prompt": 1e999}']
+)
+def test_what_is_not_a_document_is_refused(client: httpx.Client, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = client.post("/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert msgspec.json.decode(answer.content, type=ErrorResponse).error.type == "invalid_request_error"
+
+
+def test_wrong_ways_in_have_the_same_shape(client: httpx.Client) -> None:
+    assert_is_error(client.get("/nowhere"), 404, "GET /nowhere")
+    answer = client.get("/v1/completions")
+    assert_is_error(answer, 405, "GET /v1/completions")
+    assert answer.headers["allow"] == "POST"
+    assert_is_error(client.post("/v1/completions", data={"prompt": "x"}), 415, "expected application/json")
+    assert_is_error(client.get("/v1/models/other"), 404, "'tiny' is")
+
+
+def test_a_request_keeps_its_id_and_its_trace(client: httpx.Client) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    headers = {"x-request-id": "mine-1", "traceparent": trace}
+    for path in ("/health", "/nowhere"):
+        answer = client.get(path, headers=headers)
+        assert (answer.headers["x-request-id"], answer.headers["traceparent"]) == ("mine-1", trace)
+    assert len(client.get("/health").headers["x-request-id"]) == 32
+    too_long = client.get("/health", headers={"x-request-id": "x" * 257})
+    assert_is_error(too_long, 400, "printable ASCII")
+
+
+def test_echo_scores_the_prompt_as_transformers_does(client: httpx.Client, tiny_directory: Path) -> None:
+    import transformers
+
+    text = "It was a dark and stormy night; " * 8
+    body = {
+        "prompt": text,
+        "max_tokens": 3,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 2,
+        "ignore_eos": True,
+    }
+    answer = client.post("/v1/completions", json=body).json()
+    choice = answer["choices"][0]
+    ids = client.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    found = choice["logprobs"]
+    assert found["token_logprobs"][0] is None
+    own = [float(row[token]) for row, token in zip(expected, ids[1:], strict=True)]
+    assert found["token_logprobs"][1 : len(ids)] == pytest.approx(own, abs=1e-3)
+    assert "".join(found["tokens"][: len(ids)]) == text
+    assert found["text_offset"][: len(ids)] == list(range(len(text)))
+    assert choice["text"].startswith(text)
+    assert len(found["tokens"]) == len(ids) + 3 == answer["usage"]["total_tokens"]
+    only = client.post("/v1/completions", json={**body, "max_tokens": 0}).json()
+    assert only["choices"][0]["text"] == text
+    assert only["choices"][0]["logprobs"]["token_logprobs"] == found["token_logprobs"][: len(ids)]
+    assert only["usage"]["completion_tokens"] == 0
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    streamed = [value for c in chunks for value in c["choices"][0]["logprobs"]["token_logprobs"]]
+    assert streamed[1:] == pytest.approx(found["token_logprobs"][1:], abs=1e-4)
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_the_document_has_every_route_and_what_it_refers_to(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/metrics",
+        "/tokenize",
+        "/ready",
+    } <= set(document["paths"])
+    schemas = document["components"]["schemas"]
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    assert {reference.removeprefix("#/components/schemas/") for reference in references(document)} <= set(
+        schemas
+    )
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status, answer in operation["responses"].items():
+                if status >= "400" and status != "503":
+                    schema = answer["content"]["application/json"]["schema"]
+                    assert schema["$ref"].endswith("/ErrorResponse")
+
+
+def test_the_page_is_one_file_without_foreign_parts(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert len(answer.content) < 25_000
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not [part for part in ("src=", "@import", "url(", "https:") if part in answer.text]
+
+
+def test_the_feed_shows_what_runs_and_what_has_ended(client: httpx.Client, served: Served) -> None:
+    client.post("/v1/completions", json={"prompt": "secret words", "max_tokens": 3, "ignore_eos": True})
+    with (
+        client.stream(
+            "POST",
+            "/v1/completions",
+            json={"prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True},
+        ) as busy,
+        client.stream("GET", "/v1/kvrelay/live") as feed,
+    ):
+        next(busy.iter_lines())
+        line = next(line for line in feed.iter_lines() if line)
+    snapshot = json.loads(line.removeprefix("data: "))
+    assert "secret" not in line
+    assert snapshot["model"] == "tiny"
+    assert {worker["worker_id"] for worker in snapshot["workers"]} == {"prefill-0", "decode-0"}
+    ended = snapshot["recent"][-1]
+    assert (ended["num_prompt_tokens"], ended["num_output_tokens"]) == (12, 3)
+    assert sum(ended["parts_s"].values()) == pytest.approx(ended["e2e_s"])
+    running = snapshot["in_flight"][-1]
+    assert running["part"] in ("queue", "prefill", "transfer_wait", "decode_queue", "first_decode", "decode")
+    assert running["num_prompt_tokens"] == 1
+
+
+def test_errors_of_the_engine_have_their_statuses(tiny_directory: Path) -> None:
+    """One decode sequence at a time, one request may wait, at most half a second."""
+    settings = {"max_num_seqs": 1, "max_queued_requests": 1, "queue_timeout_s": 0.5, "num_kv_blocks": 17}
+    long = {"prompt": "x", "max_tokens": 1000, "stream": True, "ignore_eos": True}
+    with (
+        tiny_server(tiny_directory, **settings) as served,
+        httpx.Client(base_url=served.url, timeout=60) as client,
+    ):
+        answers = []
+        with client.stream("POST", "/v1/completions", json=long) as first:
+            next(first.iter_lines())
+            body = {"prompt": ["a" * 900] * 40, "max_tokens": 100, "ignore_eos": True}
+            answers.append(client.post("/v1/completions", json=body))
+        assert_is_error(answers[0], 429, "max_queued_requests=1")
+        assert int(answers[0].headers["retry-after"]) >= 1
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
