@@ -254,13 +254,15 @@ def test_the_feed_shows_what_runs_and_what_has_ended(client: httpx.Client, serve
         client.stream(
             "POST",
             "/v1/completions",
-            json={"prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True},
+            json={"prompt": "x", "max_tokens": 1000, "stream": True, "ignore_eos": True, "n": 16},
         ) as busy,
         client.stream("GET", "/v1/kvrelay/live") as feed,
     ):
         next(busy.iter_lines())
-        line = next(line for line in feed.iter_lines() if line)
-    snapshot = json.loads(line.removeprefix("data: "))
+        for line in feed.iter_lines():
+            snapshot = json.loads(line.removeprefix("data: ") or "{}")
+            if snapshot.get("in_flight"):
+                break
     assert "secret" not in line
     assert snapshot["model"] == "tiny"
     assert {worker["worker_id"] for worker in snapshot["workers"]} == {"prefill-0", "decode-0"}

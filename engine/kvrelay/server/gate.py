@@ -68,7 +68,7 @@ class Gate:
         """`Bearer KEY`, or a browser's password dialog (`Basic`, any user name)."""
         assert self._key is not None
         scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode()
+        key = given.strip().encode("latin-1")  # as ASGI decodes headers
         if scheme.lower() == "basic":
             key = _password(key)
         if scheme.lower() not in ("bearer", "basic") or not hmac.compare_digest(key, self._key):

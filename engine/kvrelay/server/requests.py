@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask 
     "documents": (([],), "the chat template is given messages only"),
     "continue_final_message": ((False,), "every answer is a message of its own"),
     "audio": ((), "the model reads and writes text"),
-    "modalities": ((["text"],), "the model reads and writes text"),
+    "modalities": ((["text"], []), "the model reads and writes text"),
 }
 
 

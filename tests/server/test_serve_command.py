@@ -1,0 +1,158 @@
+"""`kvrelay serve` as a process: what it says, how it ends, why it does not start; and its settings."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvrelay.errors import InvalidConfig
+from kvrelay.settings import combine, parse_pair, read_file
+
+LONG = {"prompt": "hello", "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+
+@contextmanager
+def process(directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and its URL, from the line it prints."""
+    command = [sys.executable, "-m", "kvrelay", "serve", "--model", str(directory), "--port", "0"]
+    command += ["--set", "num_kv_blocks=64", "--set", "threads_per_worker=1", *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        found = re.search(r"is served at (http://\S+)", line)
+        assert found, line + server.stderr.read()
+        yield server, found.group(1)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_stop_lets_streams_finish_takes_no_more_and_leaves_nothing(
+    tiny_directory: Path, no_leftovers: None
+) -> None:
+    with process(tiny_directory, "--served-model-name", "tiny") as (server, url):
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        last = json.loads(rest[-2].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert server.wait(20) == 0
+
+
+def test_what_does_not_finish_in_time_is_ended(tiny_directory: Path, no_leftovers: None) -> None:
+    slow = ("--set", "server.drain_timeout_s=1", "--set", "max_num_seqs=1")
+    with process(tiny_directory, *slow) as (server, url):
+        bodies: list[str] = []
+
+        def ask() -> None:
+            many = {**LONG, "n": 64, "stream": False}
+            try:
+                bodies.append(httpx.post(f"{url}/v1/completions", json=many, timeout=60).text)
+            except httpx.HTTPError as error:
+                bodies.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(1.0)
+        server.send_signal(signal.SIGINT)
+        begin_s = time.monotonic()
+        assert server.wait(20) == 0
+        assert time.monotonic() - begin_s < 15
+        thread.join(5)
+        assert not thread.is_alive()
+        assert bodies
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--host", "0.0.0.0"], "InvalidConfig: host='0.0.0.0': other machines"),
+        (["--host", "192.0.2.1", "--api-key", "x"], "host='192.0.2.1', port=0: cannot listen there"),
+        (["--model", "/nowhere"], "UnknownName: unknown model '/nowhere'"),
+        (["--set", "server.nothing=1"], "nothing: there is no such setting"),
+        (["--set", "other.port=1"], "there is no table 'other'"),
+        (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file"),
+        (["--policy", "nobodys"], "UnknownName: policy='nobodys'"),
+        (["--max-model-len", "5000"], "max_model_len=5000: the model has 1024 positions"),
+    ],
+)
+def test_a_start_that_fails_says_why(tiny_directory: Path, options: list[str], reason: str) -> None:
+    command = [sys.executable, "-m", "kvrelay", "serve", "--model", str(tiny_directory), "--port", "0"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(tiny_directory: Path) -> None:
+    with process(tiny_directory) as (_, url):
+        port = url.rpartition(":")[2]
+        command = [sys.executable, "-m", "kvrelay", "serve", "--model", str(tiny_directory), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "Address already in use" in done.stderr) == (1, True)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_options_go_before_pairs_and_pairs_before_the_file(tmp_path: Path) -> None:
+    file = read_file(
+        write(
+            tmp_path / "engine.toml",
+            'model = "from-file"\ndecode_workers = 2\nmax_num_seqs = 3\n[server]\nport = 1\nmax_headers = 2\n'
+            '[[workers]]\nrole = "prefill"\n[[workers]]\nrole = "decode"\nthreads = 2\n',
+        )
+    )
+    pairs = ["decode_workers=3", "max_num_seqs=4", "server.port=5", "transport=inproc"]
+    engine, server = combine(file, pairs, {"max_num_seqs": 6, "policy": None}, {"port": 7, "host": None})
+    assert (engine.model, engine.decode_workers, engine.max_num_seqs) == ("from-file", 3, 6)
+    assert (engine.transport, engine.policy) == ("inproc", "least_loaded")
+    assert (server.port, server.max_headers, server.host) == (7, 2, "127.0.0.1")
+    assert engine.workers is not None
+    assert [worker.role for worker in engine.workers] == ["prefill", "decode"]
+    assert engine.max_queued_requests == 1024, "a server's queue is bounded unless told otherwise"
+    assert combine({"model": "m", "max_queued_requests": 5}, [], {}, {})[0].max_queued_requests == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("model = ", "engine.toml: Invalid value"),
+        ("decode_workers = 2", "model: missing"),
+        ('model = "m"\nserver = 3', "\\[server\\]: expected a table"),
+        ('model = "m"\n[server]\nport = "x"', "port='x'"),
+        ('model = "m"\nno_such = 1', "no_such: there is no such setting"),
+        ('model = "m"\n[server]\nport = 70000', "port=70000: expected 0 to 65535"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(InvalidConfig, match=reason):
+        combine(read_file(write(tmp_path / "engine.toml", text)), [], {}, {})
+
+
+@pytest.mark.parametrize(("pair", "value"), [("a=1", 1), ("a=x=y", "x=y"), ("a=null", None), ('a="1"', "1")])
+def test_pairs_are_json_where_they_can_be(pair: str, value: Any) -> None:
+    assert parse_pair(pair) == ("a", value)
+    with pytest.raises(InvalidConfig, match="expected NAME=VALUE"):
+        parse_pair("a")
