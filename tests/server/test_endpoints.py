@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,9 @@ def test_the_feed_shows_what_runs_and_what_has_ended(client: httpx.Client, serve
         ) as busy,
         client.stream("GET", "/v1/kvrelay/live") as feed,
     ):
-        next(busy.iter_lines())
-        for line in feed.iter_lines():
+        lines = busy.iter_lines()  # held: a dropped iterator closes the stream
+        next(lines)
+        for line in islice(feed.iter_lines(), 40):
             snapshot = json.loads(line.removeprefix("data: ") or "{}")
             if snapshot.get("in_flight"):
                 break
@@ -284,7 +286,8 @@ def test_errors_of_the_engine_have_their_statuses(tiny_directory: Path) -> None:
     ):
         answers = []
         with client.stream("POST", "/v1/completions", json=long) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()
+            next(lines)
             body = {"prompt": ["a" * 900] * 40, "max_tokens": 100, "ignore_eos": True}
             answers.append(client.post("/v1/completions", json=body))
         assert_is_error(answers[0], 429, "max_queued_requests=1")

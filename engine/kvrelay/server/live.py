@@ -22,7 +22,8 @@ from kvrelay.version import __version__
 
 PERIOD_S = 1.0
 MAX_SHOWN = 200  # requests in flight
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+INLINE = "'unsafe-inline'"
+POLICY = f"default-src 'none'; style-src {INLINE}; script-src {INLINE}; connect-src 'self'; img-src data:"
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
