@@ -162,7 +162,7 @@ class Engine:
 
     def slo(self) -> tuple[int, int]:
         """Requests that met `slo_ttft_s` and `slo_itl_s`, and that missed them; none without either."""
-        telemetry = self._runtime.telemetry
+        telemetry = self._runtime.control.telemetry
         return telemetry.num_met, telemetry.num_missed
 
     def metrics(self) -> bytes:

@@ -293,3 +293,21 @@ def test_errors_of_the_engine_have_their_statuses(tiny_directory: Path) -> None:
         assert_is_error(answers[0], 429, "max_queued_requests=1")
         assert int(answers[0].headers["retry-after"]) >= 1
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_worker_changes_its_role_by_request(tiny_directory: Path) -> None:
+    with (
+        tiny_server(tiny_directory, decode_workers=2) as served,
+        httpx.Client(base_url=served.url, timeout=60) as client,
+    ):
+        changed = client.post("/v1/kvrelay/workers/decode-1/role", json={"role": "prefill"})
+        assert changed.status_code == 200, changed.text
+        assert changed.json()["role"] == "prefill"
+        workers = {w["worker_id"]: w["role"] for w in client.get("/v1/kvrelay/workers").json()["workers"]}
+        assert workers == {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "prefill"}
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        wrong = client.post("/v1/kvrelay/workers/decode-0/role", json={"role": "cook"})
+        assert_is_error(wrong, 400, "cook", "role")
+        unknown = client.post("/v1/kvrelay/workers/nobody/role", json={"role": "decode"})
+        assert unknown.status_code == 400
+        assert "nobody" in unknown.json()["error"]["message"]

@@ -11,13 +11,14 @@ from kvrelay.server.body import read_body
 from kvrelay.server.logprobs import spelled
 from kvrelay.server.openapi import Documents
 from kvrelay.server.plan import encode, render
-from kvrelay.server.requests import DetokenizeRequest, TokenizeRequest, parse
+from kvrelay.server.requests import DetokenizeRequest, RoleRequest, TokenizeRequest, parse
 from kvrelay.server.responses import (
     Detokenized,
     ErrorResponse,
     Health,
     ModelCard,
     ModelList,
+    RoleChanged,
     Tokenized,
     Version,
     WorkerList,
@@ -29,6 +30,7 @@ from kvrelay.version import __version__
 def add_operations(router: APIRouter, service: Service, documents: Documents) -> None:
     """Add the routes to `router`."""
     _add_state(router, service, documents)
+    _add_roles(router, service, documents)
     _add_models(router, service, documents)
     _add_tokens(router, service, documents)
 
@@ -66,6 +68,19 @@ def _add_state(router: APIRouter, service: Service, documents: Documents) -> Non
     async def workers() -> Response:
         """The workers: roles, pools, tokens, joules."""
         return _json(WorkerList(workers=(await asyncio.to_thread(service.engine.report)).workers))
+
+
+def _add_roles(router: APIRouter, service: Service, documents: Documents) -> None:
+    @router.post(
+        "/v1/kvrelay/workers/{worker_id}/role",
+        **documents.route(RoleChanged, body=RoleRequest, runs_engine=True),
+    )
+    async def role(worker_id: str, request: Request) -> Response:
+        """Change what a worker does: drained, switched, verified by a real request, or rolled back."""
+        asked = parse(await read_body(request, service.config), RoleRequest)
+        change = asyncio.wrap_future(service.engine.set_role(worker_id, asked.role))
+        epoch = await asyncio.shield(change)  # a client that leaves does not leave it half done
+        return _json(RoleChanged(worker_id=worker_id, role=asked.role, epoch=epoch))
 
 
 def _add_models(router: APIRouter, service: Service, documents: Documents) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from kvrelay.errors import InvalidRequest
-from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS
+from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS, Role
 
 MAX_CHOICES = 128  # `n`
 MAX_PROMPTS = 1024
@@ -133,6 +133,12 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: list[Count]
     model: str | None = None
+
+
+class RoleRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/kvrelay/workers/ID/role`."""
+
+    role: Role
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask for nothing, why not others

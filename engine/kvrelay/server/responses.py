@@ -8,6 +8,7 @@ from msgspec import UNSET, UnsetType
 from kvrelay.energy import RequestEnergy
 from kvrelay.metrics import Timings, WorkerReport
 from kvrelay.sparse import AttentionUse
+from kvrelay.types import Role
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -196,6 +197,14 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     """Our version."""
 
     version: str
+
+
+class RoleChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker does something else now; `epoch` counts its roles."""
+
+    worker_id: str
+    role: Role
+    epoch: int
 
 
 class WorkerList(msgspec.Struct, frozen=True, kw_only=True):
