@@ -132,7 +132,7 @@ def _router(num_workers: int) -> Router:
     roles: tuple[Role, ...] = ("prefill", "decode")
     for role in roles:
         for index in range(num_workers):
-            router.add_worker(_hello(WorkerId(f"{role}-{index}"), role))
+            router.fleet.add(_hello(WorkerId(f"{role}-{index}"), role))
     return router
 
 
@@ -141,5 +141,12 @@ def _hello(worker_id: WorkerId, role: Role) -> Hello:
         transport="shm", worker_id=worker_id, epoch=1, layout=LAYOUT, num_blocks=1024, address={}
     )
     return Hello(
-        worker_id=worker_id, pid=1, role=role, device="cpu", num_threads=1, descriptor=descriptor, load_s=0.0
+        worker_id=worker_id,
+        pid=1,
+        role=role,
+        device="cpu",
+        model_impl="torch",
+        num_threads=1,
+        descriptor=descriptor,
+        load_s=0.0,
     )

@@ -93,7 +93,14 @@ def hello(worker_id: str, role: Role) -> Hello:
         transport="inproc", worker_id=worker, epoch=1, layout=layout, num_blocks=8, address={}
     )
     return Hello(
-        worker_id=worker, pid=1, role=role, device="cpu", num_threads=1, descriptor=descriptor, load_s=0.0
+        worker_id=worker,
+        pid=1,
+        role=role,
+        device="cpu",
+        model_impl="torch",
+        num_threads=1,
+        descriptor=descriptor,
+        load_s=0.0,
     )
 
 
@@ -107,8 +114,8 @@ class Scene:
             open_policy("least_loaded"), lambda w, m: self.sent.append((w, m)), self.updates.append
         )
         for index in range(num_prefill):
-            self.router.add_worker(hello(f"prefill-{index}", "prefill"))
-        self.router.add_worker(hello("decode-0", "decode"))
+            self.router.fleet.add(hello(f"prefill-{index}", "prefill"))
+        self.router.fleet.add(hello("decode-0", "decode"))
         self.request = RoutedRequest(
             request_id=RequestId("r"),
             arrival=0,
