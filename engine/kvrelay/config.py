@@ -94,6 +94,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `lease_s` is the
     longest silence of a KV writer, and `worker_timeout_s` that of a busy worker, before it is given up.
 
+    A step computes at most `prefill_chunk_tokens` prompt tokens, of several prompts together, less the
+    sequences that decode beside it. `prefix_cache` keeps KV blocks for later requests that begin with the
+    same tokens, until their room is needed.
+
     `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
     no worker can take wait in the router: at most `max_queued_requests` (None: any number), each at most
     `queue_timeout_s`. Prompts of which decode lacks at most `local_prefill_tokens` tokens are computed
@@ -123,6 +127,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_kv_tokens: int | None = None
     rope_scaling: str | None = None
     prefill_chunk_tokens: int | None = 512
+    prefix_cache: bool = True
     max_num_seqs: int = 64
     threads_per_worker: int | None = None
     pin_threads: bool = True

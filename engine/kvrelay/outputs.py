@@ -19,6 +19,7 @@ from kvrelay.types import FinishReason, RequestId, TokenLogprobs, WorkerId
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One finished request. `text` ends before a stop string; `token_ids` holds every generated token.
+    KV of the first `num_cached_tokens` of the prompt was found in a cache, not computed.
 
     `prompt_logprobs` has an entry for each prompt token, None for the first, which has nothing before it.
     `energy` is what the meter had seen by then; its parts are None where nobody measured. `attention` says
@@ -27,6 +28,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     request_id: RequestId
     prompt: str | None
     prompt_token_ids: list[int]
+    num_cached_tokens: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
@@ -135,6 +137,7 @@ class OutputStream:
             request_id=request.request_id,
             prompt=self.prompt,
             prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
+            num_cached_tokens=request.num_cached_tokens or 0,
             text=self.detokenizer.text,
             token_ids=self.token_ids,
             finish_reason=reason,

@@ -227,6 +227,9 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class TransferTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Permission to write one request's prompt KV into blocks that decode has reserved.
 
+    `num_tokens` are to be there in the end. Decode has the first `num_cached_tokens` of them, in whole blocks
+    that nobody may write to; `block_ids` are the blocks of the others, in order.
+
     Minted once by the decode worker; afterwards committed, aborted or expired, exactly once. `epoch` is the
     decode worker's: a ticket of an earlier epoch opens nothing. The lease is the longest silence allowed
     between two signs of life from the writer.
@@ -240,6 +243,7 @@ class TransferTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     block_ids: tuple[int, ...]
     num_tokens: int
     lease_s: float
+    num_cached_tokens: int = 0
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -266,6 +270,11 @@ class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def num_prefill_tokens(self) -> int:
         """Tokens whose KV the prefill phase computes."""
         return len(self.token_ids) - 1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Requests of lower rank are served first: by priority, then by age."""
+        return self.params.priority, self.arrival
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

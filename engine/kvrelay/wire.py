@@ -123,21 +123,29 @@ class Connected(Message, frozen=True, kw_only=True):
 
 
 class Reserved(Message, frozen=True, kw_only=True):
-    """Decode blocks are reserved; `ticket` is None when there is nothing to prefill (one-token prompt)."""
+    """Decode blocks are reserved; `ticket` is None when there is nothing to prefill.
+
+    That is so for a one-token prompt, and where decode has the KV of all tokens that prefill would compute.
+    """
 
     request_id: RequestId
     attempt: int
     ticket: TransferTicket | None
     at_s: float
+    num_cached_tokens: int = 0
 
 
 class Mark(Message, frozen=True, kw_only=True):
-    """A point in a request's life, on the host's monotonic clock."""
+    """A point in a request's life, on the host's monotonic clock.
+
+    `num_cached_tokens` goes with `prefill_started`: tokens whose KV prefill need not compute.
+    """
 
     request_id: RequestId
     attempt: int
     event: LifeEvent
     at_s: float
+    num_cached_tokens: int = 0
 
 
 class NewToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,9 +170,9 @@ class PromptScored(Message, frozen=True, kw_only=True):
 class StepReport(Message, frozen=True, kw_only=True):
     """What one engine step did: one phase, its time, and the tokens each request got from it.
 
-    For the transfer phase `moved_bytes` says what was copied for whom, and a token counts once its last
-    layer has left. `end_s - start_s` is time at work: gaps between writes are left out. `attention` says
-    what each request's queries read, where the engine is not dense.
+    For the transfer phase `moved_bytes` and `moved_s` say what was copied for whom and how long it took, and
+    a token counts once its last layer has left. `end_s - start_s` is time at work: gaps between writes are
+    left out. `attention` says what each request's queries read, where the engine is not dense.
     """
 
     worker_id: WorkerId
@@ -175,6 +183,7 @@ class StepReport(Message, frozen=True, kw_only=True):
     num_tokens: dict[str, int]
     tokens: tuple[NewToken, ...] = ()
     moved_bytes: dict[str, int] = {}
+    moved_s: dict[str, float] = {}
     attention: dict[str, AttentionUse] = {}
 
 
@@ -212,6 +221,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     num_tickets: int
+    num_cached_blocks: int = 0  # of the free ones
     peak_blocks: int
     counters: dict[str, int]
 

@@ -45,6 +45,21 @@ def test_one_request_is_split_where_its_events_are() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("transfer_s", "overlap"), [(0.0, None), (1.0, 0.75), (0.25, 0.0), (0.1, 0.0), (25.0, 0.99)]
+)
+def test_copying_that_nobody_waited_for_is_hidden(transfer_s: float, overlap: float | None) -> None:
+    ledger = Ledger(transfer_s=transfer_s)
+    for at_s, event in enumerate(("arrived", *ATTEMPT[:2])):
+        ledger.add(event, float(at_s))
+    ledger.add("kv_committed", 2.25)
+    timings = ledger.timings(3.0)
+    assert timings.transfer_wait_s == 0.25
+    assert timings.transfer_s == transfer_s
+    assert timings.transfer_overlap == overlap
+    assert total(timings) == timings.e2e_s, "it is no part of the sum"
+
+
 def test_a_request_that_ended_before_any_token_has_no_ttft() -> None:
     ledger = Ledger()
     ledger.add("arrived", 1.0)

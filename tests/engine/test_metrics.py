@@ -103,10 +103,10 @@ def fed(**settings: Any) -> tuple[Telemetry, EnergyReport]:
             router.counts.num_output_tokens += 1
             told.on_token(routed)
         update = Update(request_id=routed.request_id, finish_reason="stop", at_s=0.4 + 2 * gap_s)
-        router.counts.ended(update)
+        router.counts.ended(routed, update)
         told.on_end(routed, update)
     failure = Update(request_id=routed.request_id, error=DeadlineExceeded("late"), at_s=9.0)
-    router.counts.ended(failure)
+    router.counts.ended(routed, failure)
     told.on_end(routed, failure)
     each = WorkerEnergy(prefill_j=10.0, transfer_j=2.0, decode_j=20.0, idle_j=None)
     energy = EnergyReport(

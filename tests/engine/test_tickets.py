@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.prefix import block_hashes
 from kvrelay.cache.tickets import TicketBook
 from kvrelay.types import (
     RequestId,
@@ -34,6 +35,10 @@ def spec(num_tokens: int, name: str = "r", attempt: int = 1) -> RequestSpec:
         params=SamplingParams(),
         seed=0,
     )
+
+
+def names(num_tokens: int) -> list[bytes]:
+    return block_hashes(range(num_tokens), "layout")
 
 
 def book_over(pool: BlockPool, epoch: int = 1) -> TicketBook:
@@ -74,6 +79,20 @@ def test_commit_closes_the_ticket_for_every_later_event() -> None:
     assert pool.num_free == POOL_BLOCKS - len(blocks)
     assert book.num_ignored == 4
     assert len(book) == 0
+
+
+@pytest.mark.parametrize("num_cached", [0, 1, 2])
+def test_ticket_names_no_block_that_is_full_already(num_cached: int) -> None:
+    pool = BlockPool(POOL_BLOCKS)
+    book = book_over(pool)
+    blocks = pool.allocate(3)
+    ticket = book.mint(spec(150), blocks, 0.0, num_cached)
+    assert ticket.block_ids == tuple(blocks[num_cached:])
+    assert (ticket.num_cached_tokens, ticket.num_tokens) == (num_cached * 64, 149)
+    assert book.blocks(ticket.ticket_id) == blocks
+    book.writer_gone(ticket.ticket_id)
+    assert book.blocks(ticket.ticket_id) is None
+    assert pool.num_free == POOL_BLOCKS
 
 
 @pytest.mark.parametrize("end", ["abort", "expire"])
@@ -154,18 +173,26 @@ class TicketMachine(RuleBasedStateMachine):
         self.models: dict[TicketId, Model] = {}
         self.running: list[list[int]] = []
 
-    @rule(target=tickets, num_tokens=st.sampled_from([2, 63, 64, 65, 66, 129, 130]))
+    @rule(target=tickets, num_tokens=st.sampled_from([2, 63, 64, 65, 66, 129, 130, 194]))
     def mint(self, num_tokens: int) -> object:
-        if not self.pool.can_allocate(num_blocks(num_tokens)):
+        """All requests begin with the same tokens: what was committed is found and shared."""
+        cached = self.pool.find(names(num_tokens - 1)[: (num_tokens - 2) // 64])
+        needed = num_blocks(num_tokens) - len(cached)
+        if not self.pool.can_allocate(needed, cached):
             return multiple()
-        blocks = self.pool.allocate(num_blocks(num_tokens))
+        self.pool.retain(cached)
+        blocks = cached + self.pool.allocate(needed)
         for model in self.models.values():
             assert not (model.writer_may_write and set(model.ticket.block_ids) & set(blocks)), (
                 "a block was handed out while a writer may still write to it"
             )
         self.num_requests += 1
-        ticket = self.book.mint(spec(num_tokens, f"r{self.num_requests}"), blocks, self.now_s)
+        request = spec(num_tokens, f"r{self.num_requests}")
+        ticket = self.book.mint(request, blocks, self.now_s, len(cached))
         assert ticket.ticket_id not in self.models
+        assert not set(ticket.block_ids) & set(cached), "a writer may not touch what others read"
+        assert ticket.num_cached_tokens == len(cached) * 64
+        assert ticket.num_cached_tokens + 64 * len(ticket.block_ids) >= ticket.num_tokens
         self.models[ticket.ticket_id] = Model(ticket, blocks, self.now_s + LEASE_S)
         return ticket
 
@@ -188,6 +215,8 @@ class TicketMachine(RuleBasedStateMachine):
         model.state, model.writer_may_write = "committed", False
         model.num_ends += 1
         self.running.append(blocks)
+        full = names(model.ticket.num_tokens)
+        self.pool.publish(blocks[: len(full)], full)
 
     @rule(ticket=tickets)
     def abort(self, ticket: TransferTicket) -> None:
@@ -209,7 +238,9 @@ class TicketMachine(RuleBasedStateMachine):
             assert self.pool.num_free == free
             return
         assert found == ticket
-        assert self.pool.num_free == free + len(model.blocks)
+        others = [m.blocks for m in self.models.values() if m.state in ("open", "closing") and m is not model]
+        kept = {block for blocks in (*others, *self.running) for block in blocks}
+        assert self.pool.num_free == free + len(set(model.blocks) - kept)
         model.num_ends += model.state == "open"
         model.state, model.writer_may_write = "freed", False
 
@@ -241,9 +272,10 @@ class TicketMachine(RuleBasedStateMachine):
     def every_block_is_accounted_for(self) -> None:
         self.pool.check()
         held = [model for model in self.models.values() if model.state in ("open", "closing")]
-        owned = sum(len(model.blocks) for model in held) + sum(map(len, self.running))
-        assert self.pool.num_free == POOL_BLOCKS - owned
-        assert len(self.book) == len(held)
+        promised = {block for model in held for block in model.blocks}
+        owned = promised | {block for blocks in self.running for block in blocks}
+        assert self.pool.num_free == POOL_BLOCKS - len(owned)
+        assert (len(self.book), self.book.num_blocks) == (len(held), len(promised))
         for model in self.models.values():
             assert model.num_ends == (model.state != "open"), "a ticket ends exactly once"
             is_live = model.state == "open"

@@ -94,6 +94,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
             num_tokens={"r": 1},
             tokens=(TOKEN,),
             moved_bytes={"r": 2**40},
+            moved_s={"r": 0.25},
         ),
         wire.PromptScored(
             request_id=RID, attempt=1, start=1, logprobs=(TokenLogprobs(5, -0.5, {5: -0.5, 7: -1.5}),)

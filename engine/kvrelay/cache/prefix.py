@@ -1,16 +1,62 @@
 """Names for KV blocks by their content: equal exactly when the tokens, all before them and the setting are.
 
 A fixed hash chain (BLAKE2b, never Python's `hash`), so that workers, routers, files and restarts agree.
-Knows token ids only; what is cached where is the pool's and the router's to know.
+Knows token ids and settings; what is cached where is the pool's and the router's to know.
 """
 
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from kvrelay.types import BLOCK_SIZE
+import msgspec
+
+from kvrelay.sparse import GROUP_TOKENS, SparseAttention, shareable_tokens, sparse_settings
+from kvrelay.types import BLOCK_SIZE, RequestSpec, SamplingParams
 
 HASH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """How one engine names blocks: `fingerprint` is its KV layout's; None names nothing, so nothing is found.
+
+    With sparse attention a block's KV depends on its whole selection group, and on whether its tokens were a
+    prompt: only whole groups of prompts have names, prefixes are shared at group borders, and each setting
+    has names of its own.
+    """
+
+    fingerprint: str | None = None
+    attention: str | SparseAttention = "dense"
+
+    @property
+    def unit_tokens(self) -> int:
+        """Shared prefixes, and chunks, end at multiples of this."""
+        return BLOCK_SIZE if sparse_settings(self.attention) is None else GROUP_TOKENS
+
+    def names_of(self, request: RequestSpec) -> list[bytes]:
+        """Names of the full blocks that prefill need not compute for the request, if they are found.
+
+        None for one that wants log-probabilities of its prompt: they come of computing it.
+        """
+        if request.prompt_logprobs is not None:
+            return []
+        token_ids = request.token_ids[: request.num_prefill_tokens]
+        return self.names(request.params, token_ids, request.num_prompt_tokens)
+
+    def names(self, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
+        """Names of the full blocks of a request's tokens, of which all but the prompt's were generated."""
+        if self.fingerprint is None:
+            return []
+        sparse = sparse_settings(params.attention or self.attention)
+        if sparse is None:
+            return block_hashes(token_ids, self.fingerprint, params.cache_salt)
+        count = shareable_tokens(min(len(token_ids), num_prompt_tokens - 1), sparse)
+        namespace = f"{self.fingerprint} {msgspec.json.encode(sparse).decode()}"
+        return block_hashes(token_ids[:count], namespace, params.cache_salt)
+
+
+NO_PREFIXES = Prefixes()
 
 
 def block_hashes(token_ids: Sequence[int], namespace: str, salt: str | None = None) -> list[bytes]:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvrelay.cache.pool import BlockPool
-from kvrelay.types import RequestId, RequestSpec, TicketId, TransferTicket, WorkerId, num_blocks
+from kvrelay.types import (
+    BLOCK_SIZE,
+    RequestId,
+    RequestSpec,
+    TicketId,
+    TransferTicket,
+    WorkerId,
+    num_blocks,
+)
 
 
 class TicketState(Enum):
@@ -46,13 +54,16 @@ class TicketBook:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that open tickets hold."""
-        return sum(len(entry.blocks) for entry in self._entries.values())
+        """Blocks that open tickets hold; one that several share counts once."""
+        return len({block for entry in self._entries.values() for block in entry.blocks})
 
-    def mint(self, request: RequestSpec, blocks: list[int], now_s: float) -> TransferTicket:
+    def mint(
+        self, request: RequestSpec, blocks: list[int], now_s: float, num_cached_blocks: int = 0
+    ) -> TransferTicket:
         """Promise `blocks` (already allocated; enough for all of `token_ids`) to a writer.
 
-        The ticket names only those that the prefill fills; the book owns them all until commit.
+        The ticket names only those that the prefill fills: not the first `num_cached_blocks`, which are
+        full already. The book owns them all until commit.
         """
         self._num_minted += 1
         ticket = TransferTicket(
@@ -61,8 +72,9 @@ class TicketBook:
             attempt=request.attempt,
             decode_worker=self._worker_id,
             epoch=self._epoch,
-            block_ids=tuple(blocks[: num_blocks(request.num_prefill_tokens)]),
+            block_ids=tuple(blocks[num_cached_blocks : num_blocks(request.num_prefill_tokens)]),
             num_tokens=request.num_prefill_tokens,
+            num_cached_tokens=num_cached_blocks * BLOCK_SIZE,
             lease_s=self._lease_s,
         )
         self._entries[ticket.ticket_id] = _Entry(ticket, blocks, TicketState.RESERVED, now_s + self._lease_s)
@@ -72,6 +84,14 @@ class TicketBook:
         """The ticket while it can still be committed."""
         entry = self._live(ticket_id)
         return entry.ticket if entry else None
+
+    def blocks(self, ticket_id: TicketId) -> list[int] | None:
+        """All blocks of an open ticket, full ones included: the book's own list, for a writer beside it.
+
+        That writer may put other blocks with the same content in the list, retained, for released ones.
+        """
+        entry = self._entries.get(ticket_id)
+        return entry.blocks if entry else None
 
     def fill(self, ticket_id: TicketId, now_s: float) -> bool:
         """The writer is alive: RESERVED → FILLING, and the lease starts again."""

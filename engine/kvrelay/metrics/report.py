@@ -33,6 +33,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     prefill, transfer wait (KV still on its way after the last token was computed), decode queue, first decode
     step. `decode_s` is everything after the first token, but for a retry: its queue and prefill go under
     their own names. `itl_s` holds the gaps between tokens as they were delivered, one fewer than tokens.
+
+    `transfer_s` is no part of the sum: seconds in which KV was copied, most of them while prefill went on.
+    `transfer_overlap` is the share of it that `transfer_wait_s` does not show; None when nothing was copied.
     """
 
     queue_s: float
@@ -44,6 +47,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float | None
     e2e_s: float
     itl_s: list[float]
+    transfer_s: float = 0.0
+    transfer_overlap: float | None = None
 
 
 @dataclass(slots=True)
@@ -52,6 +57,7 @@ class Ledger:
 
     events: list[tuple[float, str]] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
+    transfer_s: float = 0.0
 
     def add(self, event: str, at_s: float) -> None:
         """Append an event; one that is reported late takes its place in time."""
@@ -93,6 +99,8 @@ class Ledger:
             ttft_s=times[0] - arrived_s if times else None,
             e2e_s=end_s - arrived_s,
             itl_s=[later - earlier for earlier, later in pairwise(times)],
+            transfer_s=self.transfer_s,
+            transfer_overlap=hidden_share(self.transfer_s, parts["transfer_wait_s"]),
         )
 
 
@@ -131,7 +139,11 @@ class PhaseReport(msgspec.Struct, kw_only=True):
 
 
 class WorkerReport(msgspec.Struct, kw_only=True):
-    """One worker over the whole run; `busy_s` and `num_tokens` by phase."""
+    """One worker over the whole run; `busy_s` and `num_tokens` by phase.
+
+    Of the `num_free_blocks`, `num_cached_blocks` keep KV that can be found. `prefix_cache_hit_rate` is tokens
+    found over tokens looked for; a request looks on its prefill worker and on its decode worker.
+    """
 
     worker_id: WorkerId
     pid: int
@@ -148,6 +160,8 @@ class WorkerReport(msgspec.Struct, kw_only=True):
     num_blocks: int
     peak_blocks: int
     num_free_blocks: int | None
+    num_cached_blocks: int | None
+    prefix_cache_hit_rate: float | None
     kv_bytes_written: int
     counters: dict[str, int]
 
@@ -168,6 +182,8 @@ class Report(msgspec.Struct, kw_only=True):
     phases: dict[str, PhaseReport]
     kv_bytes_moved: int
     kv_gb_per_s: float | None
+    transfer_overlap: float | None
+    transfer_share_of_ttft: float | None
     total_j: float | None
     idle_j: float | None
     output_tokens_per_joule: float | None
@@ -187,6 +203,11 @@ def ratio(amount: float | None, per: float | None) -> float | None:
     return amount / per if amount is not None and per else None
 
 
+def hidden_share(transfer_s: float, wait_s: float) -> float | None:
+    """The share of the copying that nobody waited for, 0 to 1; None when nothing was copied."""
+    return max(0.0, 1.0 - wait_s / transfer_s) if transfer_s else None
+
+
 def phase_report(phase: Phase, workers: list[WorkerTotals], joules: float | None) -> PhaseReport:
     """Sum one phase over the workers."""
     busy_s = sum(worker.busy_s[phase] for worker in workers)
@@ -204,6 +225,7 @@ def phase_report(phase: Phase, workers: list[WorkerTotals], joules: float | None
 def worker_report(totals: WorkerTotals, joules: float | None, role: Role | None = None) -> WorkerReport:
     """One worker's totals as they are shown; `role` is the one it has now, if not that of its start."""
     hello, beat = totals.hello, totals.heartbeat
+    counters = dict(beat.counters) if beat else {}
     return WorkerReport(
         worker_id=hello.worker_id,
         pid=hello.pid,
@@ -220,6 +242,10 @@ def worker_report(totals: WorkerTotals, joules: float | None, role: Role | None 
         num_blocks=hello.descriptor.num_blocks,
         peak_blocks=beat.peak_blocks if beat else 0,
         num_free_blocks=beat.num_free_blocks if beat else None,
+        num_cached_blocks=beat.num_cached_blocks if beat else None,
+        prefix_cache_hit_rate=ratio(
+            counters.get("prefix_cache_hits", 0), counters.get("prefix_cache_queries")
+        ),
         kv_bytes_written=totals.kv_bytes,
-        counters=dict(beat.counters) if beat else {},
+        counters=counters,
     )

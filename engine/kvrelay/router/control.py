@@ -128,6 +128,7 @@ def _settings(config: EngineConfig) -> RouterSettings:
         slo_ttft_s=config.slo_ttft_s,
         slo_itl_s=config.slo_itl_s,
         local_prefill_tokens=config.local_prefill_tokens or 0,
+        attention=config.attention,
     )
 
 

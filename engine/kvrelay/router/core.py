@@ -150,10 +150,10 @@ class Router:
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
         self.fleet.add_step(step)
-        for request_id, use in step.attention.items():
+        for request_id in step.attention.keys() | step.moved_s.keys():
             request = self.requests.get(RequestId(request_id))
             if request is not None:
-                request.add_attention(step.phase, use)
+                request.on_step(step)
         for token in step.tokens:
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)
@@ -190,23 +190,22 @@ class Router:
         ticket = message.ticket
         if not self.is_current(message):
             if ticket is not None:  # nobody was told of it, so nobody will write
-                self._say(
-                    ticket.decode_worker,
-                    WriterGone(ticket_id=ticket.ticket_id, decode_worker=ticket.decode_worker),
-                )
+                gone = WriterGone(ticket_id=ticket.ticket_id, decode_worker=ticket.decode_worker)
+                self._say(ticket.decode_worker, gone)
             return
         request = self.requests[message.request_id]
         request.ticket = ticket
         if self.observer is not None:
             self.observer.on_reserved(request, message.at_s - request.reserved_at_s)
-        if ticket is not None and request.prefill is not None:
+        if ticket is None:
+            request.note_cached(message.num_cached_tokens)
+        elif request.prefill is not None:
             self._writers.add(ticket, request.prefill)
             self._say(request.prefill, Prefill(request=request.spec(), ticket=ticket))
 
     def _on_mark(self, message: Mark, now_s: float) -> None:
         request = self.requests[message.request_id]
-        request.ledger.add(message.event, message.at_s)
-        request.has_begun = True
+        request.on_mark(message)
         if message.event in ("prefill_finished", "kv_committed"):
             self.fleet.unload_prefill(request)
         if message.event == "kv_committed":
@@ -286,7 +285,7 @@ class Router:
             self._say(request.prefill, replace(abort, ticket=request.ticket))
 
     def _end(self, request: RoutedRequest, update: Update) -> None:
-        self.counts.ended(update)
+        self.counts.ended(request, update)
         self.queue.remove(request)
         self.fleet.unload(request)
         del self.requests[request.request_id]

@@ -16,14 +16,21 @@ class RunCounts:
     num_output_tokens: int = 0
     first_arrival_s: float | None = None
     last_delivery_s: float = 0.0
+    transfer_s: float = 0.0  # these three are sums over the requests that ended
+    transfer_wait_s: float = 0.0
+    ttft_s: float = 0.0
 
     def arrived(self, request: RoutedRequest, now_s: float) -> None:
         """A request was taken."""
         self.num_prompt_tokens += request.num_prompt_tokens
         self.first_arrival_s = now_s if self.first_arrival_s is None else self.first_arrival_s
 
-    def ended(self, update: Update) -> None:
+    def ended(self, request: RoutedRequest, update: Update) -> None:
         """A request ended."""
+        timings = request.ledger.timings(update.at_s)
+        self.transfer_s += timings.transfer_s
+        self.transfer_wait_s += timings.transfer_wait_s
+        self.ttft_s += timings.ttft_s or 0.0
         kind = "failed" if update.error else "aborted" if update.finish_reason == "abort" else "finished"
         self.num_ended[kind] += 1
         self.last_delivery_s = update.at_s

@@ -5,7 +5,7 @@ Pure: keeps books, decides nothing and sends nothing.
 
 from collections.abc import Sequence
 
-from kvrelay.cache.prefix import block_hashes
+from kvrelay.cache.prefix import Prefixes
 from kvrelay.errors import KVRelayError, PoolTooSmall, WorkerFailed
 from kvrelay.metrics import WorkerTotals
 from kvrelay.router.load import Job, Load, Pair
@@ -80,7 +80,8 @@ class Fleet:
         hashes: Sequence[bytes] = ()
         if any(load.cached for load in self.loads.values()):
             layout = next(iter(self.workers.values())).hello.descriptor.layout
-            hashes = block_hashes(request.token_ids, layout.fingerprint(), request.params.cache_salt)
+            prefixes = Prefixes(layout.fingerprint(), self._settings.attention)
+            hashes = prefixes.names(request.params, request.token_ids, request.num_prompt_tokens)
         return Job(
             num_tokens=request.num_prefill_tokens,
             max_new_tokens=request.max_total_tokens - len(request.token_ids),

@@ -8,7 +8,15 @@ from kvrelay.energy import Activity, EnergyReader, EnergyReport, RequestEnergy, 
 from kvrelay.energy.power_model import parse_power_model
 from kvrelay.energy.report import WorkerEnergy
 from kvrelay.errors import InvalidConfig
-from kvrelay.metrics import PHASES, Report, WorkerTotals, phase_report, ratio, worker_report
+from kvrelay.metrics import (
+    PHASES,
+    Report,
+    WorkerTotals,
+    hidden_share,
+    phase_report,
+    ratio,
+    worker_report,
+)
 from kvrelay.router.core import Router
 from kvrelay.types import Phase, RequestId, WorkerId
 from kvrelay.wire import Heartbeat, Hello, StepReport
@@ -108,6 +116,8 @@ class Measurement:
             phases={phase: phase_report(phase, workers, energy.phase_j(phase)) for phase in PHASES},
             kv_bytes_moved=kv_bytes,
             kv_gb_per_s=ratio(kv_bytes / 1e9, transfer_s) if kv_bytes else None,
+            transfer_overlap=hidden_share(counts.transfer_s, counts.transfer_wait_s),
+            transfer_share_of_ttft=ratio(counts.transfer_wait_s, counts.ttft_s),
             total_j=energy.gross_j,
             idle_j=energy.idle_j,
             output_tokens_per_joule=ratio(counts.num_output_tokens, energy.gross_j),

@@ -10,7 +10,6 @@ from kvrelay.metrics import Ledger
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     FinishReason,
-    Phase,
     RequestId,
     RequestSpec,
     SamplingParams,
@@ -18,7 +17,7 @@ from kvrelay.types import (
     TransferTicket,
     WorkerId,
 )
-from kvrelay.wire import NewToken
+from kvrelay.wire import Mark, NewToken, StepReport
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +50,8 @@ class RoutedRequest:
     `is_committed` once decode has the KV. A request that has not
     begun (no worker has computed anything for it) by `deadline_s` is given up. `attention` is, by phase, what
     all attempts together have read. `prompt_logprobs` grows as prefill scores the prompt (the first token has
-    nothing before it); tokens that overtake it are `held`.
+    nothing before it); tokens that overtake it are `held`. KV of the first `num_cached_tokens` of the prompt
+    was in a cache when the first prefill began.
     """
 
     request_id: RequestId
@@ -69,6 +69,7 @@ class RoutedRequest:
     prefill: WorkerId | None = None
     decode: WorkerId | None = None
     ticket: TransferTicket | None = None
+    num_cached_tokens: int | None = None
     is_prefilled: bool = False
     is_committed: bool = False
     deadline_s: float | None = None
@@ -100,9 +101,12 @@ class RoutedRequest:
         is_with_decode = self.is_committed and not self.owes_prompt_logprobs
         return self.decode == worker_id or (self.prefill == worker_id and not is_with_decode)
 
-    def add_attention(self, phase: Phase, use: AttentionUse) -> None:
-        """Count what a step's queries read."""
-        self.attention[phase] = self.attention.get(phase, AttentionUse()) + use
+    def on_step(self, step: StepReport) -> None:
+        """Count what the request's queries read in a step, and how long its KV was copied."""
+        use = step.attention.get(self.request_id)
+        if use is not None:
+            self.attention[step.phase] = self.attention.get(step.phase, AttentionUse()) + use
+        self.ledger.transfer_s += step.moved_s.get(self.request_id, 0.0)
 
     def spec(self) -> RequestSpec:
         """What workers are told of the current attempt."""
@@ -117,6 +121,18 @@ class RoutedRequest:
             seed=self.seed,
             prompt_logprobs=self.params.prompt_logprobs if self.owes_prompt_logprobs else None,
         )
+
+    def on_mark(self, mark: Mark) -> None:
+        """A worker did something for the current attempt."""
+        self.has_begun = True
+        self.ledger.add(mark.event, mark.at_s)
+        if mark.event == "prefill_started":
+            self.note_cached(mark.num_cached_tokens)
+
+    def note_cached(self, num_tokens: int) -> None:
+        """A prefill begins, or is not needed: so many tokens were cached. The first attempt counts."""
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = min(num_tokens, self.num_prompt_tokens)
 
     def begin_attempt(self, prefill: WorkerId, decode: WorkerId) -> None:
         """Forget the last attempt and start the next on this pair."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvrelay.sparse import SparseAttention
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
@@ -12,3 +14,4 @@ class RouterSettings:
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
     local_prefill_tokens: int = 0
+    attention: str | SparseAttention = "dense"

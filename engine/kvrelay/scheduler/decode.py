@@ -1,13 +1,33 @@
 """Decode-side scheduler: admits reservations, chooses the next decode batch, preempts when the pool is full.
 
-Knows block ids and token counts. Knows nothing about tensors, sockets or text.
+Requests come by rank: lower priority numbers first, then older ones. Knows block ids, names of contents and
+token counts. Knows nothing about tensors, sockets or text.
 """
 
 from bisect import insort
 from dataclasses import dataclass
 
 from kvrelay.cache.pool import BlockPool
-from kvrelay.types import FinishReason, RequestId, RequestSpec, num_blocks
+from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
+from kvrelay.types import BLOCK_SIZE, FinishReason, RequestId, RequestSpec, num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A request that waits for blocks, and the names of the full blocks that prefill would fill for it."""
+
+    request: RequestSpec
+    names: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A reservation with its blocks, of which those of the first `num_cached_tokens` are full already."""
+
+    request: RequestSpec
+    names: list[bytes]
+    block_ids: list[int]
+    num_cached_tokens: int
 
 
 @dataclass(slots=True, eq=False)
@@ -28,38 +48,45 @@ class DecodeSequence:
 class DecodeScheduler:
     """Waiting reservations and running sequences of one decode worker."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int) -> None:
-        self._pool, self._max_num_seqs = pool, max_num_seqs
-        self.waiting: list[RequestSpec] = []  # oldest first, as is `running`
+    def __init__(self, pool: BlockPool, max_num_seqs: int, prefixes: Prefixes = NO_PREFIXES) -> None:
+        self._pool, self._max_num_seqs, self._prefixes = pool, max_num_seqs, prefixes
+        self.waiting: list[Reservation] = []  # by rank, as is `running`
         self.running: list[DecodeSequence] = []
 
     def reserve(self, request: RequestSpec) -> None:
-        """Queue a request for blocks, by age: one that was preempted goes ahead of younger ones."""
-        insort(self.waiting, request, key=lambda waiting: waiting.arrival)
+        """Queue a request for blocks, by rank: one that was preempted goes ahead of younger ones."""
+        names = self._prefixes.names_of(request)
+        insort(self.waiting, Reservation(request, names), key=lambda waiting: waiting.request.rank)
 
-    def admit(self, num_open_tickets: int) -> tuple[RequestSpec, list[int]] | None:
-        """The oldest waiting request with the blocks for its tokens, once there is room for it.
+    def admit(self, num_open_tickets: int) -> Admission | None:
+        """The first waiting request with the blocks for its tokens, once there is room for it.
 
-        Each running sequence keeps one block in reserve to grow into; without others, all of the pool may go.
+        Blocks that are cached are shared. Each running sequence keeps one block in reserve to grow into;
+        without others, all of the pool may go.
         """
         if not self.waiting:
             return None
-        needed = num_blocks(len(self.waiting[0].token_ids))
+        request, names = self.waiting[0].request, self.waiting[0].names
+        cached = self._pool.find(names, self._prefixes.unit_tokens // BLOCK_SIZE)
+        needed = num_blocks(len(request.token_ids)) - len(cached)
         growth = len(self.running) + num_open_tickets
-        if not self._pool.can_allocate(needed + growth) and not (
-            growth == 0 and self._pool.can_allocate(needed)
+        if not self._pool.can_allocate(needed + growth, cached) and not (
+            growth == 0 and self._pool.can_allocate(needed, cached)
         ):
             return None
-        return self.waiting.pop(0), self._pool.allocate(needed)
+        self.waiting.pop(0)
+        self._pool.retain(cached)
+        block_ids = cached + self._pool.allocate(needed)
+        return Admission(request, names, block_ids, len(cached) * BLOCK_SIZE)
 
     def run(self, sequence: DecodeSequence) -> None:
-        """Add a committed sequence to the running ones, by age."""
-        insort(self.running, sequence, key=lambda running: running.request.arrival)
+        """Add a committed sequence to the running ones, by rank."""
+        insort(self.running, sequence, key=lambda running: running.request.rank)
 
     def plan(self) -> tuple[list[DecodeSequence], list[DecodeSequence]]:
-        """The next batch and the sequences preempted to make room for it, oldest sequences first.
+        """The next batch and the sequences preempted to make room for it, both by rank.
 
-        A sequence that needs a block when none is free takes those of the youngest; the youngest of all
+        A sequence that needs a block when none is free takes those of the last in rank; the last of all
         is left out of the batch when it finds none (open tickets will become younger ones).
         """
         batch: list[DecodeSequence] = []
@@ -89,15 +116,19 @@ class DecodeScheduler:
             return "length"
         return None
 
-    def remove(self, sequence: DecodeSequence) -> None:
-        """Forget a running sequence and free its blocks."""
+    def remove(self, sequence: DecodeSequence, *, is_sound: bool = True) -> None:
+        """Forget a running sequence and free its blocks; those that are full and `is_sound` can be found."""
         self.running.remove(sequence)
+        if is_sound:
+            request, token_ids = sequence.request, sequence.token_ids[: sequence.num_cached]
+            names = self._prefixes.names(request.params, token_ids, request.num_prompt_tokens)
+            self._pool.publish(sequence.block_ids[: len(names)], names)
         self._pool.release(sequence.block_ids)
 
     def withdraw(self, request_id: RequestId, attempt: int) -> DecodeSequence | None:
         """Abort an attempt that waits or runs here; the running sequence, already removed."""
         wanted = (request_id, attempt)
-        self.waiting = [r for r in self.waiting if (r.request_id, r.attempt) != wanted]
+        self.waiting = [w for w in self.waiting if (w.request.request_id, w.request.attempt) != wanted]
         for sequence in self.running:
             if (sequence.request.request_id, sequence.request.attempt) == wanted:
                 self.remove(sequence)

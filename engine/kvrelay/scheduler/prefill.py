@@ -1,12 +1,15 @@
-"""Prefill-side scheduler: first come, first served, in chunks of a token budget.
+"""Prefill-side scheduler: chunks of several prompts under a token budget, by rank, short ones let through.
 
-Knows block ids and token counts. Knows nothing about tensors, sockets or text.
+Rank is priority, then age. Knows block ids, names of contents and token counts. Knows nothing about tensors,
+sockets or text.
 """
 
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
 from kvrelay.types import BLOCK_SIZE, RequestSpec, TicketId, TransferTicket, num_blocks
 
 
@@ -22,7 +25,10 @@ class PrefillJob:
     ticket: TransferTicket
     is_local: bool
     block_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0
+    names: list[bytes] = field(default_factory=list)  # of its full blocks
+    is_begun: bool = False
+    num_cached: int = 0  # tokens whose KV was there when the job began
+    num_computed: int = 0  # those included
     num_outstanding_writes: int = 0
     num_bytes_written: int = 0
     last_write_s: float = 0.0  # when a write was last posted or completed
@@ -31,13 +37,23 @@ class PrefillJob:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to compute."""
+        """Tokens whose KV must be there in the end."""
         return self.request.num_prefill_tokens
 
     @property
+    def num_left(self) -> int:
+        """Tokens to compute yet."""
+        return self.num_tokens - self.num_computed
+
+    @property
     def is_computed(self) -> bool:
-        """Whether every token's KV has been computed."""
-        return self.num_computed >= self.num_tokens
+        """Whether every token's KV is there."""
+        return self.num_left <= 0
+
+    @property
+    def first_page(self) -> int:
+        """The first page that decode does not have; the ticket's blocks begin there."""
+        return self.ticket.num_cached_tokens // BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +71,12 @@ class Chunk:
 
 
 class PrefillScheduler:
-    """Waiting and running prefill jobs of one worker; chunks are cut at multiples of `unit_tokens`."""
+    """Waiting and running prefill jobs of one worker; chunks and shared prefixes end on its unit."""
 
-    def __init__(self, pool: BlockPool, chunk_tokens: int | None, unit_tokens: int = BLOCK_SIZE) -> None:
-        self._pool, self._chunk_tokens, self._unit_tokens = pool, chunk_tokens, unit_tokens
+    def __init__(self, pool: BlockPool, chunk_tokens: int | None, prefixes: Prefixes = NO_PREFIXES) -> None:
+        self._pool, self._chunk_tokens, self._prefixes = pool, chunk_tokens, prefixes
         self._jobs: dict[TicketId, PrefillJob] = {}
+        self._by_rank: list[PrefillJob] = []
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -68,10 +85,10 @@ class PrefillScheduler:
         return iter(self._jobs.values())
 
     def add(self, job: PrefillJob) -> None:
-        """Queue a job behind the others."""
-        if job.is_local:
-            job.block_ids = list(job.ticket.block_ids)
+        """Queue a job by rank. A local one brings the ticket's own list of all its blocks."""
+        job.names = self._prefixes.names_of(job.request)
         self._jobs[job.ticket.ticket_id] = job
+        insort(self._by_rank, job, key=lambda other: other.request.rank)
 
     def get(self, ticket_id: TicketId) -> PrefillJob | None:
         """The job that fills this ticket."""
@@ -80,32 +97,93 @@ class PrefillScheduler:
     def remove(self, job: PrefillJob) -> None:
         """Forget a job and free the pages that are this worker's own."""
         del self._jobs[job.ticket.ticket_id]
+        self._by_rank.remove(job)
         if not job.is_local:
             self._pool.release(job.block_ids)
 
-    def plan(self) -> list[Chunk]:
-        """The next chunks, oldest job first, at most `chunk_tokens` tokens together.
+    def plan(self, num_taken: int = 0) -> tuple[list[Chunk], list[PrefillJob]]:
+        """The next chunks, and the jobs that begin: one whose KV is all in the cache begins without a chunk.
 
-        A job that finds no free pages holds back those behind it, so that none is overtaken for ever.
+        The chunks hold at most `chunk_tokens` tokens together, less the `num_taken` that others compute in
+        the same step, and one unit always. Half of the budget goes to the first job by rank, so that nobody
+        is overtaken for ever; the rest to the jobs with the fewest tokens left, so that a short prompt does
+        not wait for a long one. Among equally long ones, that is first come, first served.
         """
-        chunks: list[Chunk] = []
-        budget = self._chunk_tokens
-        for job in self._jobs.values():
-            if job.is_computed:
-                continue
-            if budget == 0 or not self._has_pages(job):
-                break
-            length = job.num_tokens - job.num_computed
-            if budget is not None:
-                length = min(length, budget)
-                budget = (budget - length) // self._unit_tokens * self._unit_tokens
-            chunks.append(Chunk(job, job.num_computed, length))
-            if self._chunk_tokens is None:
-                break
-        return chunks
+        begun: list[PrefillJob] = []
+        jobs = [job for job in self._by_rank if not job.is_computed]
+        while jobs and self._begin(jobs[0], begun) and jobs[0].is_computed:
+            jobs.pop(0)
+        if not jobs:
+            return [], begun
+        if self._chunk_tokens is None:
+            first = jobs[0]
+            return [Chunk(first, first.num_computed, first.num_left)] if first.is_begun else [], begun
+        budget = max(self._prefixes.unit_tokens, self._chunk_tokens - num_taken)
+        lengths = self._deal(jobs, budget, begun)
+        return [Chunk(job, job.num_computed, length) for job, length in lengths.items()], begun
 
-    def _has_pages(self, job: PrefillJob) -> bool:
-        needed = num_blocks(job.num_tokens)
-        if not job.block_ids and self._pool.can_allocate(needed):
-            job.block_ids = self._pool.allocate(needed)
-        return len(job.block_ids) >= needed
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk is computed; the blocks that it completed can be found from now on."""
+        job = chunk.job
+        first = job.num_computed // BLOCK_SIZE
+        job.num_computed += chunk.length
+        names = job.names[first : job.num_computed // BLOCK_SIZE]
+        self._pool.publish(job.block_ids[first : first + len(names)], names)
+
+    def _deal(self, jobs: list[PrefillJob], budget: int, begun: list[PrefillJob]) -> dict[PrefillJob, int]:
+        """Tokens for each job. While the first by rank waits for pages, nobody else is given any."""
+        first = jobs[0]
+        lengths: dict[PrefillJob, int] = {}
+        if first.is_begun:
+            lengths[first] = self._cut(first.num_left, max(self._prefixes.unit_tokens, budget // 2))
+            budget -= lengths[first]
+        left = {job: self._num_left(job) for job in jobs}
+        for job in sorted(jobs, key=lambda job: (job.request.params.priority, left[job])):
+            has_turn = job.is_begun or first.is_begun
+            if not has_turn or not self._cut(left[job], budget) or not self._begin(job, begun):
+                continue
+            length = self._cut(job.num_left - lengths.get(job, 0), budget)
+            if length:
+                lengths[job] = lengths.get(job, 0) + length
+                budget -= length
+        return lengths
+
+    def _num_left(self, job: PrefillJob) -> int:
+        """Tokens to compute yet, as far as the cache tells before the job begins; at least one."""
+        cached = 0 if job.is_begun else len(self._find(job)) * BLOCK_SIZE
+        return max(1, job.num_left - cached)
+
+    def _begin(self, job: PrefillJob, begun: list[PrefillJob]) -> bool:
+        """Give the job its pages, cached ones first; False while there are too few."""
+        if job.is_begun:
+            return True
+        cached = self._find(job)
+        if job.is_local:
+            cached = self._share_local(job, cached)
+        else:
+            needed = num_blocks(job.num_tokens) - len(cached)
+            if not self._pool.can_allocate(needed, cached):
+                return False
+            self._pool.retain(cached)
+            job.block_ids = cached + self._pool.allocate(needed)
+        job.num_cached = job.num_computed = len(cached) * BLOCK_SIZE
+        job.is_begun = True
+        begun.append(job)
+        return True
+
+    def _share_local(self, job: PrefillJob, cached: list[int]) -> list[int]:
+        """The job's full blocks; those that others filled since its own were reserved take their place."""
+        page = job.first_page
+        late = cached[page:]
+        self._pool.retain(late)
+        self._pool.release(job.block_ids[page : page + len(late)])
+        job.block_ids[page : page + len(late)] = late
+        return job.block_ids[: max(page, len(cached))]
+
+    def _find(self, job: PrefillJob) -> list[int]:
+        return self._pool.find(job.names, self._prefixes.unit_tokens // BLOCK_SIZE)
+
+    def _cut(self, length: int, budget: int) -> int:
+        """All of `length` if the budget holds it, else whole units."""
+        unit = self._prefixes.unit_tokens
+        return length if length <= budget else budget // unit * unit

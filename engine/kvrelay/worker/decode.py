@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from kvrelay.cache.tickets import TicketBook
 from kvrelay.errors import LeaseExpired, ModelError, TransferFailed
-from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
-from kvrelay.types import FinishReason, RequestSpec, TicketId, TokenLogprobs, TransferTicket
+from kvrelay.scheduler.decode import Admission, DecodeScheduler, DecodeSequence
+from kvrelay.types import BLOCK_SIZE, FinishReason, TicketId, TokenLogprobs, TransferTicket, num_blocks
 from kvrelay.wire import (
     Abort,
     Filled,
@@ -27,9 +27,9 @@ class DecodeSide:
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
         config = parts.config
-        self.scheduler = DecodeScheduler(parts.pool, config.engine.max_num_seqs)
+        self.scheduler = DecodeScheduler(parts.pool, config.engine.max_num_seqs, parts.prefixes)
         self.tickets = TicketBook(parts.pool, config.worker_id, config.epoch, config.engine.lease_s)
-        self._reserved: dict[TicketId, RequestSpec] = {}
+        self._reserved: dict[TicketId, Admission] = {}
 
     def reserve(self, message: Reserve) -> None:
         """Queue a request for blocks; `Reserved` answers once it has them."""
@@ -38,18 +38,25 @@ class DecodeSide:
 
     def admit(self) -> None:
         """Answer as many waiting reservations as there is room for."""
-        while (admitted := self.scheduler.admit(len(self.tickets))) is not None:
-            request, blocks = admitted
+        while (admission := self.scheduler.admit(len(self.tickets))) is not None:
+            request, num_cached = admission.request, admission.num_cached_tokens
             now_s = time.monotonic()
+            self._parts.count_cached(request.num_prefill_tokens, num_cached)
             ticket = None
-            if request.num_prefill_tokens:
-                ticket = self.tickets.mint(request, blocks, now_s)
-                self._reserved[ticket.ticket_id] = request
+            if num_cached < request.num_prefill_tokens:
+                ticket = self.tickets.mint(request, admission.block_ids, now_s, num_cached // BLOCK_SIZE)
+                self._reserved[ticket.ticket_id] = admission
             self._parts.send(
-                Reserved(request_id=request.request_id, attempt=request.attempt, ticket=ticket, at_s=now_s)
+                Reserved(
+                    request_id=request.request_id,
+                    attempt=request.attempt,
+                    ticket=ticket,
+                    at_s=now_s,
+                    num_cached_tokens=num_cached,
+                )
             )
             if ticket is None:
-                self._run(request, blocks)
+                self._run(admission, admission.block_ids)
 
     def on_notice(self, message: Filling | Filled) -> None:
         """A writer's sign of life, or its end."""
@@ -61,10 +68,10 @@ class DecodeSide:
 
     def commit_local(self, ticket_id: TicketId) -> None:
         """The prefill side of this worker computed straight into the ticket's blocks."""
-        request = self._reserved.pop(ticket_id, None)
+        admission = self._reserved.pop(ticket_id, None)
         blocks = self.tickets.commit(ticket_id)
-        if request is not None and blocks is not None:
-            self._run(request, blocks)
+        if admission is not None and blocks is not None:
+            self._run(admission, blocks)
 
     def abort(self, message: Abort) -> None:
         """Withdraw an attempt wherever it stands; a ticket's blocks stay put until its writer is gone."""
@@ -84,14 +91,14 @@ class DecodeSide:
             reason = f"KV of {ticket.request_id}: the writer was silent for {ticket.lease_s:g} s"
             self._give_up(ticket, LeaseExpired(reason))
 
-    def step(self) -> bool:
-        """One token for every sequence of the next batch; False when none can run."""
+    def step(self) -> int:
+        """One token for every sequence of the next batch; how many were in it."""
         batch, preempted = self.scheduler.plan()
         for sequence in preempted:
             request = sequence.request
             self._parts.send(Preempted(request_id=request.request_id, attempt=request.attempt))
         if not batch:
-            return False
+            return 0
         start_s, cpu_s = time.monotonic(), time.process_time()
         for sequence in batch:
             if not sequence.started:
@@ -103,7 +110,7 @@ class DecodeSide:
             for sequence in batch:
                 self.scheduler.remove(sequence)
             self._parts.fail_step([sequence.request for sequence in batch], error)
-            return True
+            return len(batch)
         end_s = time.monotonic()
         tokens = []
         for sequence, result in zip(batch, results, strict=True):
@@ -112,7 +119,7 @@ class DecodeSide:
             else:
                 tokens.append(self._append(sequence, *result))
         self._report(batch, tokens, start_s, end_s, time.process_time() - cpu_s)
-        return True
+        return len(batch)
 
     def close(self) -> int:
         """Drop everything; the number of blocks that stay promised to a writer."""
@@ -122,8 +129,8 @@ class DecodeSide:
         return self.tickets.num_blocks
 
     def _on_filled(self, message: Filled) -> None:
-        ticket, request = self.tickets.get(message.ticket_id), self._reserved.get(message.ticket_id)
-        if ticket is None or request is None:
+        ticket = self.tickets.get(message.ticket_id)
+        if ticket is None or message.ticket_id not in self._reserved:
             return
         defect = self._defect(ticket, message)
         if defect:
@@ -131,7 +138,8 @@ class DecodeSide:
             self.tickets.writer_gone(ticket.ticket_id)  # it has said that it is done writing
             return
         self._parts.store.land(ticket.block_ids)
-        self._parts.store.refresh_stats(ticket.block_ids, ticket.num_tokens)
+        blocks = self._reserved[ticket.ticket_id].block_ids
+        self._parts.store.refresh_stats(blocks[: num_blocks(ticket.num_tokens)], ticket.num_tokens)
         self.commit_local(ticket.ticket_id)
 
     def _defect(self, ticket: TransferTicket, message: Filled) -> str:
@@ -153,17 +161,19 @@ class DecodeSide:
         return ""
 
     def _give_up(self, ticket: TransferTicket, error: TransferFailed) -> None:
-        request = self._reserved.pop(ticket.ticket_id, None)
+        admission = self._reserved.pop(ticket.ticket_id, None)
         self.tickets.abort(ticket.request_id, ticket.attempt)
-        if request is not None:
-            self._parts.fail(request, error, retryable=True)
+        if admission is not None:
+            self._parts.fail(admission.request, error, retryable=True)
 
-    def _run(self, request: RequestSpec, blocks: list[int]) -> None:
+    def _run(self, admission: Admission, blocks: list[int]) -> None:
+        request, names = admission.request, admission.names
+        self._parts.pool.publish(blocks[: len(names)], names)
         self.scheduler.run(DecodeSequence(request, blocks, list(request.token_ids)))
         self._parts.mark(request, "kv_committed")
 
     def _fail_unsound(self, sequence: DecodeSequence) -> None:
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, is_sound=False)
         position = len(sequence.token_ids)
         error = ModelError(
             f"the logits at position {position} are not finite numbers: no token can be chosen"

@@ -12,7 +12,9 @@ from kvrelay.config import WorkerConfig
 from kvrelay.errors import KVRelayError, TransportError
 from kvrelay.transport.base import InprocHub, Notice, WriteDone, WriteFailed
 from kvrelay.wire import (
+    MAX_CACHE_CHANGES,
     Abort,
+    CacheChanged,
     Connect,
     Connected,
     Descriptor,
@@ -56,9 +58,9 @@ class Worker:
             self.decode.expire(now_s)
             self.prefill.give_up_hung(now_s)
             self.decode.admit()
-            decoded = self.decode.step()
-            prefilled = self.prefill.step()
-            was_busy, busy = busy, decoded or prefilled
+            num_decoded = self.decode.step()
+            prefilled = self.prefill.step(num_decoded)
+            was_busy, busy = busy, num_decoded > 0 or prefilled
             self._beat(time.monotonic(), is_due=was_busy and not busy)  # a report taken now is up to date
         self._stop()
 
@@ -121,10 +123,18 @@ class Worker:
                 num_running=len(self.decode.scheduler.running),
                 num_waiting=len(self.decode.scheduler.waiting) + len(self.prefill),
                 num_tickets=len(self.decode.tickets),
+                num_cached_blocks=pool.num_cached,
                 peak_blocks=pool.peak_blocks,
-                counters=self._parts.transport.telemetry(),
+                counters=self._parts.transport.telemetry() | self._parts.counters,
             )
         )
+        added, removed = pool.take_changes(MAX_CACHE_CHANGES)
+        if added or removed:
+            self._parts.send(
+                CacheChanged(
+                    worker_id=self._parts.config.worker_id, added=tuple(added), removed=tuple(removed)
+                )
+            )
 
     def _stop(self) -> None:
         self.prefill.close()

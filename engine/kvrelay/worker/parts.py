@@ -1,10 +1,12 @@
 """What the two sides of a worker share."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.prefix import Prefixes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import WorkerConfig
 from kvrelay.errors import WorkerFailed
@@ -24,11 +26,32 @@ class WorkerParts:
     runner: Runner
     transport: Transport
     send: Callable[[Message], None]
+    counters: Counter[str] = field(default_factory=Counter)
 
-    def mark(self, request: RequestSpec, event: LifeEvent, at_s: float | None = None) -> None:
+    @property
+    def prefixes(self) -> Prefixes:
+        """How this worker names full blocks; not at all when the prefix cache is off."""
+        engine = self.config.engine
+        return Prefixes(self.store.layout.fingerprint() if engine.prefix_cache else None, engine.attention)
+
+    def count_cached(self, num_tokens: int, num_cached: int) -> None:
+        """A request looked for the KV of `num_tokens` tokens and found that of the first `num_cached`."""
+        self.counters["prefix_cache_queries"] += num_tokens
+        self.counters["prefix_cache_hits"] += num_cached
+
+    def mark(
+        self, request: RequestSpec, event: LifeEvent, at_s: float | None = None, num_cached_tokens: int = 0
+    ) -> None:
         """Tell the router that the request reached a point in its life."""
-        at_s = time.monotonic() if at_s is None else at_s
-        self.send(Mark(request_id=request.request_id, attempt=request.attempt, event=event, at_s=at_s))
+        self.send(
+            Mark(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                event=event,
+                at_s=time.monotonic() if at_s is None else at_s,
+                num_cached_tokens=num_cached_tokens,
+            )
+        )
 
     def fail_step(self, requests: Iterable[RequestSpec], error: RuntimeError) -> None:
         """Tell the router that a step could not be computed (out of memory, say): its attempts are over."""

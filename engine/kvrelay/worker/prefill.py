@@ -1,14 +1,13 @@
 """The prefill side: computes prompts chunk by chunk and relays each layer's KV while the next is computed."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
 
 from kvrelay.errors import TransferFailed, TransportError
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
-from kvrelay.sparse import GROUP_TOKENS
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import BLOCK_SIZE, TransferTicket
 from kvrelay.wire import Abort, Filled, Filling, Prefill, PromptScored, StepReport, WriterGone
@@ -21,8 +20,8 @@ class PrefillSide:
 
     def __init__(self, parts: WorkerParts, decode: DecodeSide) -> None:
         self._parts, self._decode = parts, decode
-        unit_tokens = BLOCK_SIZE if parts.config.engine.sparse() is None else GROUP_TOKENS
-        self._scheduler = PrefillScheduler(parts.pool, parts.config.engine.prefill_chunk_tokens, unit_tokens)
+        chunk_tokens = parts.config.engine.prefill_chunk_tokens
+        self._scheduler = PrefillScheduler(parts.pool, chunk_tokens, parts.prefixes)
         self._next_renewal_s = 0.0
 
     def __len__(self) -> int:
@@ -30,8 +29,15 @@ class PrefillSide:
 
     def start(self, message: Prefill) -> None:
         """Queue a prompt."""
-        is_local = message.ticket.decode_worker == self._parts.config.worker_id
-        self._scheduler.add(PrefillJob(message.request, message.ticket, is_local))
+        ticket = message.ticket
+        if ticket.decode_worker != self._parts.config.worker_id:
+            self._scheduler.add(PrefillJob(message.request, ticket, is_local=False))
+            return
+        blocks = self._decode.tickets.blocks(ticket.ticket_id)
+        if blocks is None:
+            self._say_gone(ticket)  # closed before it came here
+        else:
+            self._scheduler.add(PrefillJob(message.request, ticket, is_local=True, block_ids=blocks))
 
     def abort(self, message: Abort) -> None:
         """Stop writing to the ticket, whether or not its job is still here, and say so."""
@@ -42,17 +48,16 @@ class PrefillSide:
             self._scheduler.remove(job)
         self._say_gone(message.ticket)
 
-    def step(self) -> bool:
-        """Compute the next chunks; False when there is nothing to compute or no page to compute it into."""
-        chunks = self._scheduler.plan()
+    def step(self, num_decoded: int = 0) -> bool:
+        """Compute the next chunks, after `num_decoded` tokens of decode; False when nothing was done."""
+        chunks, begun = self._scheduler.plan(num_decoded)
+        for job in begun:
+            self._begin(job)
         if not chunks:
-            return False
+            return bool(begun)
         start_s, cpu_s = time.monotonic(), time.process_time()
-        for chunk in chunks:
-            if chunk.start == 0:
-                self._parts.mark(chunk.job.request, "prefill_started", start_s)
         try:
-            hidden = self._parts.runner.prefill(chunks, lambda layer: self._relay(chunks, layer))
+            hidden = self._parts.runner.prefill(chunks, lambda layer: self._relay_layer(chunks, layer))
             self._score(chunks, hidden)
         except RuntimeError as error:  # torch's, out of memory included
             for chunk in chunks:
@@ -63,12 +68,11 @@ class PrefillSide:
             return True
         end_s = time.monotonic()
         for chunk in chunks:
-            chunk.job.num_computed += chunk.length
+            self._scheduler.advance(chunk)
         self._report(chunks, start_s, end_s, time.process_time() - cpu_s)
         for chunk in chunks:
             if chunk.job.is_computed:
-                self._parts.mark(chunk.job.request, "prefill_finished", end_s)
-                self._finish_if_done(chunk.job)
+                self._end(chunk.job, end_s)
         return True
 
     def on_writes_done(self, events: Sequence[WriteDone]) -> None:
@@ -76,6 +80,7 @@ class PrefillSide:
         if not events:
             return
         moved_bytes: Counter[str] = Counter()
+        moved_s: defaultdict[str, float] = defaultdict(float)
         num_tokens: Counter[str] = Counter()
         for event in events:
             job = self._scheduler.get(event.write.ticket_id)
@@ -85,6 +90,7 @@ class PrefillSide:
             job.completed_s = job.last_write_s = job.unreported_s = event.end_s
             job.num_bytes_written += event.num_bytes
             moved_bytes[job.request.request_id] += event.num_bytes
+            moved_s[job.request.request_id] += event.end_s - event.start_s
             if event.write.layer == self._parts.store.layout.num_layers - 1:
                 num_tokens[job.request.request_id] += len(event.write.source_blocks) * BLOCK_SIZE
         start_s = events[0].start_s
@@ -97,6 +103,7 @@ class PrefillSide:
                 cpu_s=sum(event.cpu_s for event in events),
                 num_tokens=dict(num_tokens),
                 moved_bytes=dict(moved_bytes),
+                moved_s=dict(moved_s),
             )
         )
         for job in list(self._scheduler):
@@ -148,26 +155,44 @@ class PrefillSide:
         for job in list(self._scheduler):
             self._drop(job)
 
-    def _relay(self, chunks: Sequence[Chunk], layer: int) -> None:
+    def _begin(self, job: PrefillJob) -> None:
+        """Say so, and send at once what decode lacks and this worker has."""
+        now_s = time.monotonic()
+        self._parts.count_cached(job.num_tokens, job.num_cached)
+        self._parts.mark(job.request, "prefill_started", now_s, num_cached_tokens=job.num_cached)
+        for layer in range(self._parts.store.layout.num_layers):
+            self._relay(job, layer, range(job.num_cached // BLOCK_SIZE))
+        if job.is_computed:
+            self._end(job, now_s)
+
+    def _end(self, job: PrefillJob, at_s: float) -> None:
+        self._parts.mark(job.request, "prefill_finished", at_s)
+        self._finish_if_done(job)
+
+    def _relay_layer(self, chunks: Sequence[Chunk], layer: int) -> None:
         self.renew(time.monotonic())  # one step may outlast a lease
         for chunk in chunks:
-            job = chunk.job
-            if job.is_local:
-                continue
-            job.last_write_s = time.monotonic()
-            if not job.num_outstanding_writes:
-                job.unreported_s = job.last_write_s
-            job.num_outstanding_writes += 1
-            self._parts.transport.write(
-                Write(
-                    ticket_id=job.ticket.ticket_id,
-                    peer=job.ticket.decode_worker,
-                    layer=layer,
-                    source_blocks=[job.block_ids[page] for page in chunk.pages],
-                    target_blocks=[job.ticket.block_ids[page] for page in chunk.pages],
-                    ready=self._parts.runner.copy_fence(),
-                )
+            self._relay(chunk.job, layer, chunk.pages)
+
+    def _relay(self, job: PrefillJob, layer: int, pages: range) -> None:
+        """Post a write of those of the pages that decode lacks."""
+        pages = range(max(pages.start, job.first_page), pages.stop)
+        if job.is_local or not pages:
+            return
+        job.last_write_s = time.monotonic()
+        if not job.num_outstanding_writes:
+            job.unreported_s = job.last_write_s
+        job.num_outstanding_writes += 1
+        self._parts.transport.write(
+            Write(
+                ticket_id=job.ticket.ticket_id,
+                peer=job.ticket.decode_worker,
+                layer=layer,
+                source_blocks=[job.block_ids[page] for page in pages],
+                target_blocks=[job.ticket.block_ids[page - job.first_page] for page in pages],
+                ready=self._parts.runner.copy_fence(),
             )
+        )
 
     def _score(self, chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:
         """Send the log-probabilities of prompts that are to be scored, slice by slice."""
@@ -197,7 +222,7 @@ class PrefillSide:
             return
         digests: tuple[str, ...] = ()
         if self._parts.config.engine.verify_kv:
-            digests = self._parts.store.digests(job.block_ids)
+            digests = self._parts.store.digests(job.block_ids[job.first_page :])
         filled = Filled(
             ticket_id=job.ticket.ticket_id,
             layout_fingerprint=self._parts.store.layout.fingerprint(),
