@@ -1,6 +1,8 @@
 """Admission under a virtual clock: a bounded queue, deadlines, retry hints; overload is refused."""
 
 import random
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from kvrelay.errors import DeadlineExceeded, Overloaded
 from kvrelay.experiments.simulated_worker import WorkerModel
 from kvrelay.experiments.simulation import Arrival, Outcome, Simulation
+from kvrelay.outputs import StreamEvent
 from kvrelay.router.admission import MAX_RETRY_S, WaitingQueue
 from kvrelay.router.request import RoutedRequest
 from kvrelay.types import RequestId, SamplingParams
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 POOL = [
     WorkerModel(worker_id="p0", role="prefill"),
@@ -131,3 +135,22 @@ def test_every_simulated_request_ends_once_and_loads_return_to_zero(
         assert (load.num_prefill_tokens, load.num_prompts, load.num_requests, load.num_used_blocks) == (
             0,
         ) * 4
+
+
+def test_a_running_engine_refuses_what_is_too_much_and_serves_the_rest(tiny_directory: Path) -> None:
+    ended: list[StreamEvent] = []
+    with tiny_llm(tiny_directory, max_num_seqs=2, max_queued_requests=3) as llm:
+        prepared = llm.engine.prepare(prompts(20)[0], greedy(200))
+        for _ in range(20):
+            llm.engine.submit(prepared, ended.append)
+        while len([event for event in ended if event.error or event.output]) < 20:
+            time.sleep(0.02)
+        assert len(llm.generate(prompts(20), greedy(4))) == 1, "there is room again"
+        assert b"requests_refused_total" in llm.engine.metrics()
+        assert_all_blocks_home(llm)
+    refused = [event.error for event in ended if isinstance(event.error, Overloaded)]
+    served = [event.output for event in ended if event.output is not None]
+    assert len(refused) + len(served) == 20
+    assert 5 <= len(served) <= 8, "two decode, three wait, and a few took their places"
+    assert all(1.0 <= error.retry_after_s <= MAX_RETRY_S for error in refused)
+    assert all(len(output.token_ids) == 200 for output in served)

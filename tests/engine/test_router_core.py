@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.prefix import block_hashes
 from kvrelay.cache.tickets import TicketBook
 from kvrelay.errors import (
     InvalidRequest,
@@ -27,7 +28,7 @@ from kvrelay.errors import (
 )
 from kvrelay.router.core import MAX_FAILURES, Router
 from kvrelay.router.load import Job, Load, Pair
-from kvrelay.router.policies import POLICIES, open_policy
+from kvrelay.router.policies import POLICIES, Auto, open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.types import (
     KVLayout,
@@ -400,6 +401,67 @@ def test_least_loaded_looks_at_the_phases_own_load() -> None:
     policy = open_policy("least_loaded")
     assert names(policy.choose(JOB, pairs_of(loads((5, 0), (4, 9)), loads((5, 0), (4, 9))))) == ("w1", "w0")
     assert names(policy.choose(JOB, pairs_of(loads((0, 0)), loads((0, 1), (0, 1))))) == ("w0", "w0")
+
+
+def test_prefix_aware_weighs_the_queue_against_what_is_cached() -> None:
+    policy = open_policy("prefix_aware")
+    job = Job(num_tokens=300, block_hashes=(b"a", b"b", b"c", b"d"))
+    cold, warm = Load(WorkerId("cold")), Load(WorkerId("warm"), cached={b"a", b"b", b"c"})
+    decode = Load(WorkerId("d"))
+    both = pairs_of([cold, warm], [decode])
+    assert names(policy.choose(job, both)) == ("warm", "d")
+    warm.num_prefill_tokens = 200  # 192 tokens are cached there
+    assert names(policy.choose(job, both)) == ("cold", "d")
+    warm.num_prefill_tokens = 100
+    assert names(policy.choose(job, both)) == ("warm", "d")
+    warm.cached = {b"b", b"c"}  # without the first block, the others are of no use
+    assert names(policy.choose(job, both)) == ("cold", "d")
+
+
+def test_prefix_aware_takes_the_decode_worker_that_has_the_prompt_among_equals() -> None:
+    job = Job(num_tokens=100, block_hashes=(b"a",))
+    decodes = [Load(WorkerId("d0")), Load(WorkerId("d1"), cached={b"a"})]
+    pairs = pairs_of([Load(WorkerId("p"))], decodes)
+    assert names(open_policy("prefix_aware").choose(job, pairs)) == ("p", "d1")
+    decodes[1].num_requests = 1
+    assert names(open_policy("prefix_aware").choose(job, pairs)) == ("p", "d0")
+
+
+def test_auto_says_which_it_took() -> None:
+    policy = open_policy("auto")
+    assert isinstance(policy, Auto)
+    plain = [Pair(load, load) for load in loads((0, 0), (0, 0))]
+    policy.choose(JOB, plain)
+    policy.choose(Job(num_tokens=100, slo_ttft_s=1.0), plain)
+    assert policy.taken == {"energy_aware": 0, "prefix_aware": 0, "least_loaded": 2}
+    plain[1].prefill.cached = {b"a"}
+    cached = Job(num_tokens=100, block_hashes=(b"a",), slo_ttft_s=1.0)
+    assert policy.choose(cached, plain) is plain[1]
+    assert policy.taken["prefix_aware"] == 1
+    for pair in plain:
+        pair.prefill.add_prefill(100, 0.1)
+        pair.decode.decode_speed.add(1, 0.01)
+        pair.prefill.watts = {"prefill": 5.0, "decode": 5.0}
+    policy.choose(cached, plain)
+    assert policy.taken["energy_aware"] == 1
+
+
+def test_blocks_that_decode_has_cached_are_not_counted_again() -> None:
+    router = Router(open_policy("least_loaded"), lambda to, what: None, lambda update: None)
+    router.fleet.add(hello("p0", "prefill"))
+    router.fleet.add(hello("d0", "decode", 8))
+    load = router.fleet.loads[WorkerId("d0")]
+    layout = router.workers[WorkerId("d0")].hello.descriptor.layout
+    load.change_cached(block_hashes(request(0, 300).token_ids, layout.fingerprint()), [])
+    for number in range(3):
+        router.submit(request(number, 300), 0.0)
+    assert load.num_used_blocks == 3, "four of the five blocks of each are the same"
+    assert [routed.decode for routed in router.requests.values()] == ["d0"] * 3, (
+        "the pool holds two whole ones"
+    )
+    for number in range(3):
+        router.finish(RequestId(f"r{number}"), "abort", 1.0)
+    assert load.num_used_blocks == 0
 
 
 def test_an_unknown_policy_is_refused_with_those_that_exist() -> None:

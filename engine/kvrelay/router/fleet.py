@@ -14,6 +14,8 @@ from kvrelay.router.settings import RouterSettings
 from kvrelay.types import Phase, WorkerId, num_blocks
 from kvrelay.wire import Hello, StepReport
 
+PAIR: tuple[Phase, Phase] = ("prefill", "decode")
+
 
 class Fleet:
     """Workers, and the loads that requests put on them.
@@ -50,7 +52,7 @@ class Fleet:
     def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
         """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
         needed = num_blocks(max_total_tokens)
-        for phase in ("prefill", "decode"):
+        for phase in PAIR:
             largest = max(self.alive(phase), key=lambda load: load.num_blocks, default=None)
             if largest is not None and largest.num_blocks < needed:
                 raise PoolTooSmall(
@@ -65,7 +67,7 @@ class Fleet:
         if request.pinned is not None:
             dead = [worker_id for worker_id in request.pinned if not self.workers[worker_id].is_alive]
             return WorkerFailed(f"{dead[0]} is not alive") if dead else None
-        for phase in ("prefill", "decode"):
+        for phase in PAIR:
             alive = self.alive(phase)
             if not any(load.num_blocks >= needed for load in alive):
                 try:
@@ -96,9 +98,10 @@ class Fleet:
         if request.pinned is not None:
             return [Pair(*(self.loads[worker_id] for worker_id in request.pinned))]
         needed = num_blocks(request.max_total_tokens)
-        large = [load for load in self.loads.values() if load.num_blocks >= needed]
-        prefills = _usable([load for load in self.alive("prefill") if load in large], request, now_s)
-        decodes = _usable([load for load in self.alive("decode") if load in large], request, now_s)
+        prefills, decodes = (
+            _usable([load for load in self.alive(phase) if load.num_blocks >= needed], request, now_s)
+            for phase in PAIR
+        )
         found: list[Pair] = []
         for decode in decodes:
             num_cached = decode.num_cached_tokens(job.block_hashes)
@@ -119,14 +122,16 @@ class Fleet:
         pair.prefill.num_prefill_tokens += request.attempt_tokens
         pair.prefill.num_prompts += 1
         pair.decode.num_requests += 1
-        request.num_blocks_held = num_blocks(len(request.token_ids))
+        num_cached = pair.decode.num_cached_tokens(self.job(request).block_hashes)
+        request.num_blocks_shared = num_blocks(num_cached)
+        request.num_blocks_held = num_blocks(len(request.token_ids)) - request.num_blocks_shared
         pair.decode.num_used_blocks += request.num_blocks_held
         for load in {pair.prefill.worker_id: pair.prefill, pair.decode.worker_id: pair.decode}.values():
             load.breaker.on_sent(now_s)
 
     def grow(self, request: RoutedRequest) -> None:
         """A token was delivered: the request may have grown by a block."""
-        added = num_blocks(len(request.token_ids)) - request.num_blocks_held
+        added = num_blocks(len(request.token_ids)) - request.num_blocks_shared - request.num_blocks_held
         if added and request.decode is not None:
             request.num_blocks_held += added
             self.loads[request.decode].num_used_blocks += added

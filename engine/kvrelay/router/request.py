@@ -78,6 +78,7 @@ class RoutedRequest:
     avoid: WorkerId | None = None  # the next attempt goes elsewhere, if there is an elsewhere
     reserved_at_s: float = 0.0  # when decode was asked for blocks
     num_blocks_held: int = 0  # decode blocks that the router counts for it
+    num_blocks_shared: int = 0  # those that decode had cached when the attempt began: not counted
     traceparent: str | None = None  # of the caller's span (W3C trace context)
     last_pair: tuple[WorkerId, WorkerId] | None = None  # where the last attempt went
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
