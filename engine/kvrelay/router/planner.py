@@ -130,7 +130,7 @@ class PoolPlanner:
 
     def step(self, now_s: float) -> None:
         """Decide, if it is time."""
-        if now_s < self._next_s or len(self._roles):
+        if now_s < self._next_s or self._roles.is_busy:
             return
         self._next_s = now_s + LOOK_EVERY_S
         decision = self._planner.decide(pool_state(self._router, *self._telemetry.missed(now_s)), now_s)

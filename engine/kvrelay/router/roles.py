@@ -36,14 +36,16 @@ class _Change:
 
 
 class RoleChanges:
-    """At most one change at a time per worker."""
+    """One change at a time: a worker is connected to those that are its partners once it has changed."""
 
     def __init__(self, router: Router, probes: Probes, links: Links) -> None:
         self._router, self._probes, self._links = router, probes, links
-        self._changes: dict[WorkerId, _Change] = {}
+        self._change: _Change | None = None
 
-    def __len__(self) -> int:
-        return len(self._changes)
+    @property
+    def is_busy(self) -> bool:
+        """Whether a change is under way."""
+        return self._change is not None
 
     def begin(self, worker_id: WorkerId, role: Role, now_s: float, on_done: OnDone) -> None:
         """Start a change; `on_done` is called once, with None or the error it was rolled back for.
@@ -52,34 +54,38 @@ class RoleChanges:
         """
         load = self._checked(worker_id, role)
         load.is_draining = True
-        self._changes[worker_id] = _Change(load, load.role, role, on_done, now_s + DRAIN_S)
+        self._change = _Change(load, load.role, role, on_done, now_s + DRAIN_S)
         self.step(now_s)
 
     def step(self, now_s: float) -> None:
-        """Go on with every change as far as it goes now."""
-        for worker_id, change in list(self._changes.items()):
-            if not self._router.workers[worker_id].is_alive:
-                self._end(change, WorkerFailed(f"{worker_id} died while its role was changed"))
-            elif change.state == "draining":
-                self._drain(change, now_s)
-            elif now_s > change.deadline_s:
-                reason = f"{worker_id} as {change.new}: {change.state} took longer than {STEP_S:g} s"
-                self._roll_back(change, WorkerFailed(reason), now_s)
+        """Go on with the change as far as it goes now."""
+        change = self._change
+        if change is None:
+            return
+        worker_id = change.load.worker_id
+        if not self._router.workers[worker_id].is_alive:
+            self._end(change, WorkerFailed(f"{worker_id} died while its role was changed"))
+        elif change.state == "draining":
+            self._drain(change, now_s)
+        elif now_s > change.deadline_s:
+            reason = f"{worker_id} as {change.new}: {change.state} took longer than {STEP_S:g} s"
+            self._roll_back(change, WorkerFailed(reason), now_s)
 
     def on_connected(self, link: Link, error: KVRelayError | None, now_s: float) -> None:
         """A pair shook hands, or failed to."""
-        for change in list(self._changes.values()):
-            if change.state == "connecting" and link in change.missing:
-                change.missing.discard(link)
-                if error is not None:
-                    self._roll_back(change, error, now_s)
-                elif not change.missing:
-                    self._verify(change, now_s)
+        change = self._change
+        if change is None or change.state != "connecting" or link not in change.missing:
+            return
+        change.missing.discard(link)
+        if error is not None:
+            self._roll_back(change, error, now_s)
+        elif not change.missing:
+            self._verify(change, now_s)
 
     def close(self, error: KVRelayError) -> None:
         """Give up what is under way."""
-        for change in list(self._changes.values()):
-            self._end(change, error)
+        if self._change is not None:
+            self._end(self._change, error)
 
     def _checked(self, worker_id: WorkerId, role: Role) -> Load:
         load = self._router.fleet.loads.get(worker_id)
@@ -90,8 +96,8 @@ class RoleChanges:
             raise InvalidRequest(
                 f"role {role!r} of a {load.role} worker: expected prefill or decode of either"
             )
-        if worker_id in self._changes:
-            raise InvalidRequest(f"the role of {worker_id} is being changed already")
+        if self._change is not None:
+            raise InvalidRequest(f"the role of {self._change.load.worker_id} is being changed: one at a time")
         if load.role == role:
             raise InvalidRequest(f"{worker_id} is a {role} worker already")
         others = [
@@ -137,7 +143,7 @@ class RoleChanges:
         change.probe = self._probes.send(name, pair, now_s, lambda _, update: self._verified(change, update))
 
     def _verified(self, change: _Change, update: Update) -> None:
-        if self._changes.get(change.load.worker_id) is not change:
+        if self._change is not change:
             return  # rolled back before
         error = update.error
         if error is None and update.finish_reason == "abort":
@@ -158,5 +164,5 @@ class RoleChanges:
 
     def _end(self, change: _Change, error: KVRelayError | None) -> None:
         change.load.is_draining = False
-        del self._changes[change.load.worker_id]
+        self._change = None
         change.on_done(error)
