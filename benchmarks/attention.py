@@ -8,6 +8,7 @@ same run. A speed-up is printed only where the correctness gate beside it passed
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]
 
 import kvrelay_kernels as kk  # noqa: E402
-from record import write_record  # noqa: E402
+from kvrelay.experiments.record import Gate, make_record, write_record  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -123,8 +125,7 @@ def sampled_error(
 
 
 def _eager(q: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    logits = q.to(dtype) @ keys.to(dtype).T * keys.shape[1] ** -0.5
-    return logits.softmax(-1) @ values.to(dtype)
+    return (q.to(dtype) @ keys.to(dtype).T * keys.shape[1] ** -0.5).softmax(-1) @ values.to(dtype)
 
 
 def prefill(case: Case, options: argparse.Namespace, ceiling: dict[str, float]) -> dict[str, Any]:
@@ -134,9 +135,8 @@ def prefill(case: Case, options: argparse.Namespace, ceiling: dict[str, float]) 
     arguments: dict[str, Any] = {"cu_seqlens_q": bounds, "stats": stats, "impl": options.impl}
     selection = kk.select_blocks(case.q, case.kv, case.config, **arguments)
     out, _ = kk.block_sparse_prefill(case.q, case.kv, bounds, selection, impl=options.impl)
-    error, allowed = sampled_error(
-        case, case.q, [*torch.randint(case.n, (8,)).tolist(), case.n - 1], out, selection
-    )
+    rows = [*torch.randint(case.n, (8,)).tolist(), case.n - 1]
+    error, allowed = sampled_error(case, case.q, rows, out, selection)
     sparse_s, select_s, stats_s = median_s(
         [
             lambda: kk.block_sparse_prefill(case.q, case.kv, bounds, selection, impl=options.impl),
@@ -200,8 +200,7 @@ def decode(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         sampled_error(case, q, [0], kk.block_sparse_decode(q, case.kv, selection, impl=impl)[0], selection),
         sampled_error(case, q, [0], kk.paged_decode(q, case.kv, impl=impl)[0], None),
     ]
-    grouped = q.view(1, case.kv.num_kv_heads, -1, case.kv.head_dim)
-    memory = torch.randn(64 << 20)
+    grouped, memory = q.view(1, case.kv.num_kv_heads, -1, case.kv.head_dim), torch.randn(64 << 20)
     names = ("sdpa", "sdpa_grouped", "dense", "selection", "sparse", "read")
     runs: list[Callable[[], object]] = [
         lambda: sdpa(q[:, :, None], case.keys, case.values, enable_gqa=True),
@@ -243,8 +242,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     columns = [name for name in rows[0] if name not in ("error", "allowed_error")]
     print(f"\n{title}\n" + "  ".join(columns))
     for row in rows:
-        cells = [_cell(row[column]) for column in columns]
-        print("  ".join(cell.rjust(len(c)) for cell, c in zip(cells, columns, strict=True)))
+        print("  ".join(_cell(row[column]).rjust(len(column)) for column in columns))
 
 
 def _cell(value: object) -> str:
@@ -286,15 +284,16 @@ def main() -> int:
             decodes.append(decode(case, options))
     show("Prefill", prefills)
     show("Decode, batch 1", decodes)
-    gate = {
-        "check": "sampled rows against float64: at most twice plain eager's error, plus rounding",
-        "passed": all(row["passed"] for row in (*prefills, *decodes)),
-    }
+    within = all(row["passed"] for row in (*prefills, *decodes))
+    gate = Gate(checks={"sampled rows: at most twice plain eager's error, plus rounding": within})
     crossovers = {name: crossover([row for row in prefills if row["dtype"] == name]) for name in DTYPES}
     results = {"ceilings": ceiling, "crossover_tokens": crossovers, "prefill": prefills, "decode": decodes}
-    settings = {**vars(options), "backend": kk.cpu_backend()}
-    write_record("attention-cpu", settings=settings, gate=gate, results=results, keep=not options.quick)
-    return 0 if gate["passed"] else 1
+    settings = {**vars(options), "backend": kk.cpu_backend(), "threads": torch.get_num_threads()}
+    record = make_record("attention-cpu", settings, gate, results)
+    if not options.quick:
+        write_record(record, ROOT / "benchmarks/results/attention-cpu.json")
+    print(json.dumps(record))
+    return 0 if gate.passed else 1
 
 
 if __name__ == "__main__":

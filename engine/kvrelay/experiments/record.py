@@ -1,21 +1,24 @@
-"""The JSON document every benchmark ends with: where a figure came from, and whether to believe it."""
+"""The JSON document every benchmark ends with: where a figure came from, and whether to believe it.
+
+Needs the standard library alone: `benchmarks/attention_gpu.py` runs it where the engine is not installed.
+"""
 
 import json
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 SCHEMA = "kvrelay.record/1"
 LIBRARIES = ("kvrelay", "torch", "triton", "transformers", "numpy")
 
 
-class Gate(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Gate:
     """The correctness check beside the figures: each condition by name, and whether all held."""
 
     checks: dict[str, bool]

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from kvrelay_kernels.api.block_sparse_decode import block_sparse_decode
 from kvrelay_kernels.api.block_sparse_prefill import block_sparse_prefill
+from kvrelay_kernels.api.paged_decode import paged_decode
 from kvrelay_kernels.api.paged_prefill import paged_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
 from kvrelay_kernels.dispatch import resolve
@@ -18,11 +21,15 @@ from kvrelay_kernels.stats import KVBlockStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendPolicy:
-    """When to be sparse. ``crossover_tokens`` comes from ``measure_crossover``; None is always dense."""
+    """When to be sparse. ``crossover_tokens`` comes from ``measure_crossover``; None is always dense.
+
+    scale: multiplies q.k, default ``head_dim ** -0.5``.
+    """
 
     selection: SelectionConfig
     crossover_tokens: int | None
     impl: str = "auto"
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,25 +46,37 @@ class Attended:
 def attend(
     q: Tensor,
     kv: PagedKV,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor | None,
     policy: AttendPolicy,
     *,
     max_seq_len: int,
     stats: KVBlockStats | None = None,
 ) -> Attended:
-    """Prefill attention of a batch, all dense or all sparse.
+    """Attention of a batch, all dense or all sparse: prefill, or decode without ``cu_seqlens_q``.
 
     max_seq_len: largest of ``kv.seq_lens``, known to the host, so that choosing costs no synchronisation.
     Sparse from ``policy.crossover_tokens`` on. Other arguments and errors as in ``select_blocks``.
     """
-    crossover = policy.crossover_tokens
-    if crossover is None or max_seq_len < crossover:
-        out, lse = paged_prefill(q, kv, cu_seqlens_q, impl=policy.impl)
-        return Attended(out=out, lse=lse, path="dense", impl=_taken("paged_prefill", policy.impl, q))
-    chosen = select_blocks(q, kv, policy.selection, cu_seqlens_q=cu_seqlens_q, stats=stats, impl=policy.impl)
-    out, lse = block_sparse_prefill(q, kv, cu_seqlens_q, chosen, impl=policy.impl)
-    taken = _taken("block_sparse_prefill", policy.impl, q)
+    how: _How = {"impl": policy.impl, "scale": policy.scale}
+    phase = "decode" if cu_seqlens_q is None else "prefill"
+    if policy.crossover_tokens is None or max_seq_len < policy.crossover_tokens:
+        if cu_seqlens_q is None:
+            out, lse = paged_decode(q, kv, **how)
+        else:
+            out, lse = paged_prefill(q, kv, cu_seqlens_q, **how)
+        return Attended(out=out, lse=lse, path="dense", impl=resolve(f"paged_{phase}", policy.impl, q))
+    chosen = select_blocks(q, kv, policy.selection, cu_seqlens_q=cu_seqlens_q, stats=stats, **how)
+    if cu_seqlens_q is None:
+        out, lse = block_sparse_decode(q, kv, chosen, **how)
+    else:
+        out, lse = block_sparse_prefill(q, kv, cu_seqlens_q, chosen, **how)
+    taken = resolve(f"block_sparse_{phase}", policy.impl, q)
     return Attended(out=out, lse=lse, path="sparse", impl=taken, selection=chosen)
+
+
+class _How(TypedDict):
+    impl: str
+    scale: float | None
 
 
 def measure_crossover(
@@ -92,7 +111,3 @@ def _best_s(run: Callable[[int], None], length: int, repeats: int) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _taken(operation: str, impl: str, q: Tensor) -> str:
-    return resolve(operation, impl, q)

@@ -64,8 +64,12 @@ def decode_launch(q: Tensor) -> Launch:
 
 
 def scan_launch(q: Tensor) -> Launch:
-    """Launch of a selector's scan of boxes: with 128 registers two programs of 8 warps share a processor."""
-    return Launch(num_warps=8, num_stages=1 if q.element_size() > 2 else 2, max_registers=128)
+    """Launch of a selector's scan of boxes: registers for two programs of 8 warps a processor, or three of 4
+    at 64 channels, where the first would spill."""
+    stages = 1 if q.element_size() > 2 else 2
+    if q.shape[2] <= 64:
+        return Launch(num_warps=4, num_stages=stages, max_registers=168)
+    return Launch(num_warps=8, num_stages=stages, max_registers=128)
 
 
 def rerank_launch(q: Tensor) -> Launch:
