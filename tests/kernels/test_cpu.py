@@ -24,7 +24,7 @@ from kvrelay_kernels.reference.query_groups import block_masses as exact_masses
 from kvrelay_kernels.reference.query_groups import mean_over_rows, query_groups
 from kvrelay_kernels.reference.sequences import iterate_chunks
 
-EDGES = [(0, 0), (0, 1), (0, 63), (64, 64), (0, 65), (128, 129), (192, 1), (256, 0)]
+EDGES = [(0, 0), (0, 1), (0, 2), (0, 63), (64, 64), (0, 66), (128, 129), (192, 1), (256, 0)]
 built = pytest.mark.skipif(library.instruction_set() is None, reason=f"not built: {library.HOW_TO_BUILD}")
 
 
