@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -67,6 +68,7 @@ class Cell:
 def main() -> None:
     """Measure, print, record."""
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers must not outlive us
     directory = resolve(options.model, cache_home())
     targets = [find_target(spec, str(directory)) for spec in options.server]
     tokenizer = Tokenizer.from_directory(directory)

@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import random
+import signal
 import statistics
 import threading
 import time
@@ -140,6 +141,7 @@ def _mean_gap_ms(exchange: Exchange) -> float:
 def main() -> None:
     """Replay, print, record."""
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive us
     directory = str(resolve(options.model, cache_home()))
     arrivals = list(islice(read_trace(options.trace), options.requests))
     target = find_target(options.server, directory)

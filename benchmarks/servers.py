@@ -116,8 +116,10 @@ def is_up(asked: Target) -> bool:
 def started(name: str, model: str, dtype: str) -> Iterator[float]:
     """The peer, running; yields the seconds from start to first token. Stops its whole process group after.
 
-    Raises `Unavailable` when it does not come up, with the end of what it printed.
+    Raises `Unavailable` when its port is taken, or when it does not come up, with the end of what it printed.
     """
+    if is_up(find_target(name, model)):
+        raise Unavailable(f"port {PEERS[name].port} of {name} is taken: a server already answers there")
     environment = {**os.environ, **PEERS[name].environment}
     with tempfile.TemporaryFile() as log:
         start_s = time.perf_counter()
@@ -158,12 +160,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     model = str(resolve(options.model, cache_home()))
-    with ExitStack() as stack:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what we started must not outlive us
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
         for name in options.peers:
             seconds = stack.enter_context(started(name, model, options.dtype))
             print(f"{name} at {find_target(name, model).url}: first token after {seconds:.1f} s", flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.pause()
 
 
 if __name__ == "__main__":
