@@ -82,7 +82,7 @@ def main() -> None:
         for index in range(options.rounds):
             for cell in options.cells:
                 seed = f"{options.seed}/{cell}/{index}"
-                runs += run_round(targets, cell, prompts(tokenizer, cell, seed), index)
+                runs += run_round(targets, cell, prompts(tokenizer, cell, seed, options.waves), index)
     path = RESULTS / f"{options.record}.json"
     earlier = earlier_results(path) if options.add else {"runs": [], "starts_s": {}, "commands": []}
     write(options, path, earlier, runs, starts)
@@ -128,12 +128,12 @@ def figures(exchanges: Sequence[Exchange], elapsed_s: float, cell: Cell) -> dict
     }
 
 
-def prompts(tokenizer: Tokenizer, cell: Cell, seed: str) -> list[str]:
-    """Two waves of requests: windows of the texts that encode to exactly the cell's number of tokens."""
+def prompts(tokenizer: Tokenizer, cell: Cell, seed: str, waves: int = 2) -> list[str]:
+    """`waves` requests for each in flight: windows of the texts that encode to exactly the cell's tokens."""
     source = random.Random(seed)
     tokens = [token for path in sorted(TEXTS.glob("*.txt")) for token in tokenizer.encode(path.read_text())]
     found: list[str] = []
-    while len(found) < 2 * cell.concurrency:
+    while len(found) < waves * cell.concurrency:
         head = tokenizer.encode(f"Part {source.randrange(10**9):09d}.\n")
         start = source.randrange(len(tokens) - cell.prompt_tokens)
         window = head + tokens[start : start + cell.prompt_tokens - len(head)]
@@ -192,6 +192,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--server", action="append", required=True, metavar="NAME[=URL]")
     parser.add_argument("--cells", nargs="+", type=Cell.parse, default=[Cell.parse(cell) for cell in CELLS])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--waves", type=int, default=2, help="requests of a cell, over those in flight")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a pulled name or a directory")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other prompts")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tiny_engine import write_tiny_model
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -161,3 +163,98 @@ def test_a_byte_that_differs_is_seen() -> None:
         assert pages.is_whole()
         pages._expected.view(transport.torch.uint8)[0, 0, 2, 0, 0, 0] ^= 1
         assert not pages.is_whole()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_interference_times_streams_under_long_prompts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    import interference
+
+    sizes = ["--streams", "2", "--prompt-tokens", "300", "--prompts", "1", "--quiet-tokens", "2"]
+    arguments = ["interference.py", "--model", str(tiny), "--rounds", "1", *sizes, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    interference.main()
+    record = last_line(capsys)
+    assert record["gate"]["passed"]
+    assert (tmp_path / "interference.png").exists()
+    for row in record["results"]["rounds"]:
+        assert 0 < row["itl_p50_ms"] <= row["itl_p99_ms"]
+        assert row["prompt_ttft_ms"] > 0
+    rows = record["results"]["rounds"]
+    rows[0]["beginnings"][0][0] += 1
+    assert not interference._gate(rows).passed
+
+
+def test_the_map_compares_both_modes_at_each_length_and_load(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import disaggregation_map
+
+    sizes = ["--lengths", "64", "130", "--loads", "0.5", "--requests", "2", "--output-tokens", "4"]
+    arguments = [
+        "disaggregation_map.py",
+        "--model",
+        str(tiny),
+        "--rounds",
+        "1",
+        *sizes,
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    disaggregation_map.main()
+    record = last_line(capsys)
+    assert record["gate"]["passed"]
+    assert [row["length"] for row in record["results"]["map"]] == [64, 130]
+    rows = record["results"]["rounds"]
+    rows[0]["tokens"][0] = rows[0]["tokens"][0][:-1]
+    assert not any(disaggregation_map._gate(rows, 4).checks.values())
+
+
+def test_traces_become_prompts_that_share_what_the_trace_says(tmp_path: Path) -> None:
+    import replay
+
+    rows = [
+        {"timestamp": 500, "input_length": 1100, "output_length": 20, "hash_ids": [7, 8, 9]},
+        {"timestamp": 2500, "input_length": 1100, "output_length": 20, "hash_ids": [7, 8, 10]},
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    first, second = replay.read_trace(trace)
+    assert (first.at_s, second.at_s) == (0.0, 2.0)
+    a, b = (replay.prompt_of(arrival, index, 0.5) for index, arrival in enumerate((first, second)))
+    assert (len(a), len(b)) == (550, 550)
+    assert a[:512] == b[:512]
+    assert a[512:] != b[512:]
+    csv = tmp_path / "trace.csv"
+    csv.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.4799600,3180,8\n"
+    )
+    first, second = replay.read_trace(csv)
+    assert (second.at_s, second.input_tokens, second.output_tokens) == (pytest.approx(0.5), 3180, 8)
+    csv.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n")
+    with pytest.raises(SystemExit, match="row 1"):
+        list(replay.read_trace(csv))
+
+
+def test_a_replay_counts_failures_against_goodput(serve: Any) -> None:
+    import replay
+    from openai_client import Target
+
+    arrivals = [replay.Arrival(0.0, 8, 4), replay.Arrival(0.05, 8, 4)]
+    outcomes = replay.replay(Target("other", serve(), "m"), arrivals, 1.0, 1.0)
+    figures = replay.figures([*outcomes, "ServerError: full"], 10_000.0, 10_000.0)
+    assert (figures["requests"], figures["failed"], figures["errors"]) == (3, 1, ["ServerError: full"])
+    assert figures["kept_slo"] == pytest.approx(2 / 3)
+    assert replay.figures(outcomes, 0.0, 0.0)["kept_slo"] == 0.0
