@@ -195,6 +195,7 @@ def test_interference_times_streams_under_long_prompts(
     assert not interference._gate(rows).passed
 
 
+@pytest.mark.slow
 def test_the_map_compares_both_modes_at_each_length_and_load(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
