@@ -130,7 +130,7 @@ def closed_loop(
             except BaseException as error:  # noqa: BLE001  raised again by the caller's thread
                 errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(min(concurrency, len(prompts)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(prompts)))]
     start_s = time.perf_counter()
     for thread in threads:
         thread.start()

@@ -16,6 +16,7 @@ commit.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -68,21 +69,24 @@ class Cell:
 def main() -> None:
     """Measure, print, record."""
     options = _options()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers must not outlive us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a timeout ends as Ctrl-C does
     directory = resolve(options.model, cache_home())
     targets = [find_target(spec, str(directory)) for spec in options.server]
     tokenizer = Tokenizer.from_directory(directory)
     runs: list[dict[str, Any]] = []
     starts: dict[str, float] = {}
-    with ExitStack() as stack:
-        for asked in targets:
-            if asked.name in PEERS and not is_up(asked):
-                starts[asked.name] = stack.enter_context(started(asked.name, str(directory), options.dtype))
-                print(f"{asked.name}: first token {starts[asked.name]:.1f} s after the start", flush=True)
-        for index in range(options.rounds):
-            for cell in options.cells:
+    try:
+        with ExitStack() as stack:
+            for asked in targets:
+                if asked.name in PEERS and not is_up(asked):
+                    seconds = stack.enter_context(started(asked.name, str(directory), options.dtype))
+                    starts[asked.name] = seconds
+                    print(f"{asked.name}: first token {seconds:.1f} s after the start", flush=True)
+            for index, cell in itertools.product(range(options.rounds), options.cells):
                 seed = f"{options.seed}/{cell}/{index}"
                 runs += run_round(targets, cell, prompts(tokenizer, cell, seed, options.waves), index)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured of every server is recorded")
     path = RESULTS / f"{options.record}.json"
     earlier = earlier_results(path) if options.add else {"runs": [], "starts_s": {}, "commands": []}
     write(options, path, earlier, runs, starts)
@@ -151,6 +155,8 @@ def write(
     starts: dict[str, float],
 ) -> None:
     """Summarise what was measured in all calls, and leave record and plot."""
+    if not runs:
+        raise SystemExit("no cell was measured on every server: no record")
     runs = earlier["runs"] + runs
     cells = summary(runs)
     checks = gate(runs, options.dtype)

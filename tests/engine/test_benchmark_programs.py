@@ -125,6 +125,17 @@ def test_ratios_say_how_many_times_better_ours_is(serve: Any) -> None:
     }
 
 
+def test_a_run_without_a_whole_cell_leaves_no_record(tmp_path: Path) -> None:
+    import argparse
+
+    import peers
+
+    nothing: dict[str, Any] = {"runs": [], "starts_s": {}, "commands": []}
+    with pytest.raises(SystemExit, match="no cell"):
+        peers.write(argparse.Namespace(dtype="float32"), tmp_path / "peers.json", nothing, [], {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_prompts_have_exactly_their_tokens_and_their_own_beginnings() -> None:
     import peers
     from kvrelay.models.tokenizer import Tokenizer
