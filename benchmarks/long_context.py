@@ -28,6 +28,7 @@ from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
+from kvrelay.models.native import NativeDecoder
 from kvrelay.sparse import SparseAttention
 from kvrelay.types import KVLayout, num_blocks
 from record import write_record
@@ -56,9 +57,11 @@ class Step:
 class Bench:
     """A model cut to `TIMED_LAYERS` over random KV of the longest length."""
 
-    def __init__(self, model: Decoder, sparse: SparseAttention, num_tokens: int, repeats: int) -> None:
+    def __init__(
+        self, model: Decoder | NativeDecoder, sparse: SparseAttention, num_tokens: int, repeats: int
+    ) -> None:
         self.num_layers, self.num_dense_layers = model.spec.num_layers, len(sparse.dense_layers)
-        self._model, self._repeats = replace(model, layers=model.layers[:TIMED_LAYERS]), repeats
+        self._model, self._repeats = cut(model), repeats
         self._sparse = first_layer_dense(sparse)
         layout = KVLayout(
             model="",
@@ -109,6 +112,13 @@ def _timed(attend: PagedAttention, spent: list[float]) -> Callable[..., torch.Te
         return out
 
     return timed
+
+
+def cut(model: Decoder | NativeDecoder) -> Decoder | NativeDecoder:
+    """The model's first `TIMED_LAYERS` layers."""
+    if isinstance(model, NativeDecoder):
+        return replace(model, spec=replace(model.spec, num_layers=TIMED_LAYERS))
+    return replace(model, layers=model.layers[:TIMED_LAYERS])
 
 
 def first_layer_dense(sparse: SparseAttention) -> SparseAttention:
@@ -187,7 +197,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     lengths = [int(length) for length in arguments.lengths.split(",")]
     sparse = SparseAttention(budget_tokens=arguments.budget_tokens, dense_below_tokens=0)
-    bench = Bench(load_model(arguments.model, "cpu", torch.float32), sparse, max(lengths), arguments.repeats)
+    model = load_model(arguments.model, "cpu", torch.float32)
+    bench = Bench(model, sparse, max(lengths), arguments.repeats)
     checked = check(bench, arguments.chunk, min(lengths))
     steps = {}
     for end in sorted({arguments.chunk, 2048, *lengths}):
@@ -202,7 +213,7 @@ def main() -> None:
         "long-context-cpu",
         settings={"layers": bench.num_layers, "threads": torch.get_num_threads(), "chunk": arguments.chunk}
         | {"budget_tokens": arguments.budget_tokens, "dense_layers": bench.num_dense_layers}
-        | {"timed_layers": TIMED_LAYERS, "dtype": "float32"},
+        | {"timed_layers": TIMED_LAYERS, "dtype": "float32", "model": model.impl},
         gate={"passed": 0.7 < checked["ratio"] < 1.4, "chunks_add_up_to_a_prefill": checked},
         results={"prefill": prefill, "decode": decode},
         keep=not arguments.no_record,
