@@ -133,14 +133,14 @@ _MEMORISE = (
 
 
 def _needle(writer: Writer, num_tokens: int, generator: random.Random) -> Sample:
-    """Ten needles with keys of their own, one at each depth of licence prose; every one is asked for."""
+    """Ten needles with keys of their own, one at each depth of prose; every one is asked for."""
     keys = generator.sample(WORDS, len(DEPTHS))
     values = {key: str(generator.randrange(10_000, 100_000)) for key in keys}
     planted = {depth: (key, values[key]) for depth, key in zip(DEPTHS, keys, strict=True)}
     needles = {
         depth: f"\nThe secret number of {key} is {value}.\n" for depth, (key, value) in planted.items()
     }
-    prose = (TEXTS / "licences.txt").read_text().split("\n")
+    prose = (TEXTS / "prose.txt").read_text().split("\n")
     filler = [line + "\n" for line in prose[generator.randrange(20) :] if line.strip()]
     questions = [
         writer.question(

@@ -3,6 +3,7 @@
 Knows text and stop strings. Knows nothing of workers, sockets or tensors.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import FinishReason, RequestId, TokenLogprobs, WorkerId
+
+logger = logging.getLogger("kvrelay")
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,13 +58,15 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
     """News of one request: new text and tokens; `output` on its end, `error` when it failed.
 
     `logprobs` are those of `token_ids`, when the request asked for them; `prompt_logprobs` come with the
-    first tokens."""
+    first tokens. While a long prompt is computed in several steps, events with nothing but `num_prefilled`
+    say how many of its tokens are done."""
 
     request_id: RequestId
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_prefilled: int | None = None
     output: RequestOutput | None = None
     error: KVRelayError | None = None
 
@@ -103,6 +108,9 @@ class OutputStream:
         if update.error is not None:
             self.on_event(StreamEvent(request_id=update.request_id, error=update.error))
             return False
+        if update.num_prefilled is not None:
+            self._tell_progress(update.num_prefilled)
+            return False
         tokens = [] if update.token_id is None else [update.token_id]
         logprobs = [] if update.logprobs is None else [update.logprobs]
         self.logprobs += logprobs
@@ -130,6 +138,16 @@ class OutputStream:
 
     def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
+
+    def _tell_progress(self, num_prefilled: int) -> None:
+        request = self.request
+        logger.info(
+            "%s: %d of %d prompt tokens computed",
+            request.request_id,
+            num_prefilled,
+            request.num_prompt_tokens,
+        )
+        self.on_event(StreamEvent(request_id=request.request_id, num_prefilled=num_prefilled))
 
     def _output(self, reason: FinishReason, end_s: float) -> RequestOutput:
         request = self.request

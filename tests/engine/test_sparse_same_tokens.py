@@ -83,6 +83,20 @@ def test_a_request_may_have_settings_of_its_own(
     assert sparse.attention["prefill"].share_of_pairs < 0.7
 
 
+def test_a_long_prefill_tells_how_far_it_is(tiny_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="kvrelay")
+    with tiny_llm(tiny_directory, prefill_chunk_tokens=256) as llm:
+        events = list(llm.stream(prompts(1, 700)[1], greedy(2)))
+        short = list(llm.stream(prompts(1, 200)[1], greedy(2)))
+    told = [event.num_prefilled for event in events if event.num_prefilled is not None]
+    assert told == [256, 512]
+    assert [event.num_prefilled for event in short] == [None, None]
+    assert [record.args[1:] for record in caplog.records if "prompt tokens" in record.msg] == [
+        (256, 700),
+        (512, 700),
+    ]
+
+
 def test_what_cannot_be_done_is_refused(tiny_directory: Path) -> None:
     with tiny_llm(tiny_directory) as llm:
         with pytest.raises(InvalidRequest, match="attention='dense'"):

@@ -154,6 +154,9 @@ class Router:
             request = self.requests.get(RequestId(request_id))
             if request is not None:
                 request.on_step(step)
+        for request_id, count in step.unfinished.items():
+            if RequestId(request_id) in self.requests:
+                self._deliver(Update(request_id=RequestId(request_id), num_prefilled=count, at_s=now_s))
         for token in step.tokens:
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)

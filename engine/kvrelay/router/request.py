@@ -21,13 +21,17 @@ from kvrelay.wire import Mark, NewToken, StepReport
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request's owner is told: one token, or its end, or both. `error` ends it too."""
+    """What a request's owner is told: one token, or its end, or both. `error` ends it too.
+
+    `num_prefilled` comes alone: so many tokens of a long prompt have been computed, and there are more.
+    """
 
     request_id: RequestId
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: KVRelayError | None = None
+    num_prefilled: int | None = None
     at_s: float
 
 

@@ -148,6 +148,8 @@ class Generation:
         self._arrived.set()
 
     def _on_event(self, index: int, event: StreamEvent) -> None:
+        if event.num_prefilled is not None:
+            return  # OpenAI's streams have no place for progress
         if not self._ends_only or event.output is not None or event.error is not None:
             self._bridge.put(self, index, event)
 

@@ -255,6 +255,7 @@ class PrefillSide:
         self._parts.send(gone)
 
     def _report(self, chunks: Sequence[Chunk], start_s: float, end_s: float, cpu_s: float) -> None:
+        jobs = [chunk.job for chunk in chunks]
         self._parts.send(
             StepReport(
                 worker_id=self._parts.config.worker_id,
@@ -264,5 +265,6 @@ class PrefillSide:
                 cpu_s=cpu_s,
                 num_tokens={chunk.job.request.request_id: chunk.length for chunk in chunks},
                 attention=self._parts.runner.attention_by([chunk.job.request for chunk in chunks]),
+                unfinished={job.request.request_id: job.num_computed for job in jobs if not job.is_computed},
             )
         )
