@@ -24,7 +24,7 @@ from quality_model import Reader
 from quality_report import report
 from quality_tasks import RULER, TEXTS, Writer, score
 
-LENGTHS = (4096, 2048, 1024, 7424)  # most wanted first
+LENGTHS = (1024, 2048, 4096, 7424)
 RULER_LENGTHS = (4096, 7424)
 TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472

@@ -1,5 +1,7 @@
 """Contract 1 in sparse mode: the same tokens whichever way a request is served, and what was read is told."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "colocated": {"mode": "colocated"},
     "colocated-preempted": {"mode": "colocated", "num_kv_blocks": 19, "prefill_chunk_tokens": 256},
     "shm": {"transport": "shm"},
-    "bytes-delayed": {"transport": "faulty:delay=0.2"},
+    "faults": {
+        "transport": "faulty:inner=inproc,seed=3,drop=0.1,duplicate=0.2,reorder=0.2,delay=0.1,fail=0.01,"
+        "hang=0.01,truncate=0.01,bitflip=0.01,delay_s=0.03,limit=6",
+        "lease_s": 0.4,
+    },
 }
 
 
@@ -55,6 +61,26 @@ def test_sparse_tokens_are_equal_in_every_way(
     longest = outputs[-1].attention
     assert longest["prefill"].share_of_pairs < 0.7
     assert longest["decode"].share_of_pairs < 0.5
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_sparse_tokens_survive_a_worker(
+    tiny_directory: Path, victim: str, expected: dict[str, list[list[int]]]
+) -> None:
+    settings = {"prefill_workers": 2, "decode_workers": 2, "transport": "shm", "attention": SPARSE}
+    tokens: list[list[int]] = [[] for _ in LENGTHS]
+    with tiny_llm(tiny_directory, **settings) as llm:
+        pid = next(w.pid for w in llm.report().workers if w.worker_id == victim)
+        is_killed = False
+        for index, event in llm.stream_many(prompts(*LENGTHS), greedy(MAX_TOKENS)):
+            tokens[index] += event.token_ids
+            if sum(map(len, tokens)) > 40 and not is_killed:
+                os.kill(pid, signal.SIGKILL)
+                is_killed = True
+        assert is_killed
+        assert_all_blocks_home(llm)
+    assert tokens == expected["sparse"]
 
 
 def test_sparse_tokens_are_not_those_of_dense(expected: dict[str, list[list[int]]]) -> None:

@@ -1,0 +1,89 @@
+"""Arithmetic of the quality and long-context benchmarks: answers lie in prompts, like meets like."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import long_context
+import quality_report
+from kvrelay.models.tokenizer import Tokenizer
+from kvrelay.sparse import GROUP_TOKENS, AttentionUse
+from quality_tasks import DEPTHS, RULER, TASKS, Writer, score
+
+
+@pytest.fixture(scope="module")
+def writer(tiny_directory: Path) -> Writer:
+    return Writer(Tokenizer.from_directory(tiny_directory))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_context_is_whole_groups_and_holds_every_answer(
+    writer: Writer, tiny_directory: Path, task: str
+) -> None:
+    sample = writer.sample(task, 8000, 3)
+    text = Tokenizer.from_directory(tiny_directory).decode(sample.context)
+    assert len(sample.context) == 8000 // GROUP_TOKENS * GROUP_TOKENS
+    for question in sample.questions:
+        for expected in question.expected:
+            assert expected in text, (task, question.label)
+    assert writer.sample(task, 8000, 3) == sample
+    assert writer.sample(task, 8000, 4) != sample
+
+
+def test_needles_lie_at_their_depths(writer: Writer, tiny_directory: Path) -> None:
+    sample = writer.sample("needle", 16384, 0)
+    text = Tokenizer.from_directory(tiny_directory).decode(sample.context)
+    for depth, question in zip(DEPTHS, sample.questions, strict=True):
+        at = text.index(f"is {question.expected[0]}.") / len(text)
+        assert question.label == str(depth)
+        assert abs(at - depth / 100) < 0.06
+
+
+def test_scores_are_shares_of_the_expected_strings() -> None:
+    assert score(" ABC and def", ["abc", "def", "xyz", "DEF"]) == 0.75
+
+
+def cell(part: str, settings: str, length: int, seed: int, **scores: float) -> Any:
+    return SimpleNamespace(
+        part=part,
+        settings=settings,
+        length=length,
+        seed=seed,
+        scores=scores,
+        continued=[1, 2, 3] if settings == "dense" else [1, 2, 4],
+        use=AttentionUse(1, 1, 4),
+    )
+
+
+def test_rows_compare_only_what_every_setting_has() -> None:
+    cells = [
+        cell("needle", "dense", 1024, 0, a=1.0),
+        cell("needle", "sparse", 1024, 0, a=0.0),
+        cell("needle", "dense", 2048, 0, a=0.5),  # sparse has not got that far
+        cell("text", "dense", 6144, 0, nll=2.0, top1=1.0, kl=0.0),
+        cell("text", "sparse", 6144, 0, nll=2.1, top1=0.9, kl=0.1),
+        cell(RULER[0], "dense", 4096, 0, a=1.0),
+    ]
+    grouped: dict[str, dict[Any, Any]] = {}
+    for one in cells:
+        grouped.setdefault(one.settings, {})[one.part, one.length, one.seed] = one
+    dense, sparse = (quality_report._row(grouped, name) for name in ("dense", "sparse"))
+    assert (dense["needle"], sparse["needle"]) == (1.0, 0.0)
+    assert (dense["ruler"], sparse["ruler"]) == (1.0, None)
+    assert sparse["ppl_ratio"] == pytest.approx(1.10517, abs=1e-4)
+    assert (sparse["greedy_match"], sparse["share_of_pairs"]) == (2, 0.25)
+
+
+def test_a_prefill_is_the_integral_of_its_chunks() -> None:
+    """A dense chunk of 512 costs a + b * position: the trapezoids are exact for that."""
+    values = {end: 1.0 + end / 512 for end in (512, 2048, 8192)}
+    exact = sum(1.0 + end / 512 for end in range(512, 8193, 512))
+    assert long_context._integral(values, 8192) / 512 == pytest.approx(exact, rel=0.07)
+    step = long_context.Step(dense_layer_s=2.0, sparse_layer_s=0.5, rest_s=3.0)
+    assert step.total_s(30, 30) == 63.0
+    assert step.total_s(30, 2) == 3.0 + 4.0 + 14.0
