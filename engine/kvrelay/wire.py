@@ -172,8 +172,8 @@ class StepReport(Message, frozen=True, kw_only=True):
 
     For the transfer phase `moved_bytes` and `moved_s` say what was copied for whom and how long it took, and
     a token counts once its last layer has left. `end_s - start_s` is time at work: gaps between writes are
-    left out. `attention` says what each request's queries read, where the engine is not dense. `unfinished` has, of
-    each prompt that goes on in a later step, the tokens whose KV is there.
+    left out. `attention` says what each request's queries read, where the engine is not dense.
+    `unfinished` has, of each prompt that goes on in a later step, the tokens whose KV is there.
     """
 
     worker_id: WorkerId
