@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from kvrelay.errors import InvalidConfig, UnknownName
+from kvrelay.errors import InvalidConfig
+from kvrelay.field_checks import check_at_least, check_choice, check_chunk
 from kvrelay.sparse import SparseAttention, check_whole_groups, sparse_settings
-from kvrelay.types import BLOCK_SIZE, Role, WorkerId
+from kvrelay.types import Role, WorkerId
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -69,10 +70,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            _check_choice("workers.device", self.device.split(":")[0], DEVICES)
+            check_choice("workers.device", self.device.split(":")[0], DEVICES)
         for field in ("threads", "num_kv_blocks", "max_num_seqs"):
             check_at_least(f"workers.{field}", getattr(self, field), 1)
-        _check_chunk("workers.prefill_chunk_tokens", self.prefill_chunk_tokens)
+        check_chunk("workers.prefill_chunk_tokens", self.prefill_chunk_tokens)
         if self.worker_id is not None and not WORKER_ID.fullmatch(self.worker_id):
             raise InvalidConfig(
                 f"workers.worker_id={self.worker_id!r}: expected letters, digits, - and _, at most 32"
@@ -152,10 +153,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     otel_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("device", self.device.split(":")[0], DEVICES)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("model_impl", self.model_impl, MODEL_IMPLS)
+        check_choice("mode", self.mode, MODES)
+        check_choice("device", self.device.split(":")[0], DEVICES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("model_impl", self.model_impl, MODEL_IMPLS)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker", "num_kv_tokens"):
             check_at_least(field, getattr(self, field), 1)
@@ -170,7 +171,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"num_kv_tokens={self.num_kv_tokens}: expected one of it and "
                 f"num_kv_blocks={self.num_kv_blocks}"
             )
-        _check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
+        check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
             check_whole_groups(chunks)
@@ -282,22 +283,6 @@ def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:
         what, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UnknownName(f"{field}={value!r}: expected one of {', '.join(choices)}")
-
-
-def check_at_least(field: str, value: float | None, least: float) -> None:
-    """Raise `InvalidConfig` for a number below the least; None passes."""
-    if value is not None and value < least:
-        raise InvalidConfig(f"{field}={value}: expected at least {least}")
-
-
-def _check_chunk(field: str, chunk: int | None) -> None:
-    if chunk is not None and (chunk < BLOCK_SIZE or chunk % BLOCK_SIZE):
-        raise InvalidConfig(f"{field}={chunk}: expected a multiple of {BLOCK_SIZE}, or None")
 
 
 def _check_workers(workers: tuple[WorkerSettings, ...], worker_ids: list[WorkerId]) -> None:

@@ -22,11 +22,12 @@ from kvrelay.models.hub import resolve
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.outputs import Detokenizer, InFlight, OutputStream, StreamEvent
+from kvrelay.request_checks import check_layers, check_tokens
 from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
-from kvrelay.sparse import SparseAttention, sparse_settings
+from kvrelay.sparse import sparse_settings
 from kvrelay.transport import is_in_process, parse_transport
 from kvrelay.types import FinishReason, RequestId, Role, SamplingParams, WorkerId
 
@@ -65,7 +66,7 @@ class Engine:
         self.spec = ModelSpec.from_directory(directory).scaled(config.rope_scaling)
         self.tokenizer = Tokenizer.from_directory(directory)
         self.max_model_len = _max_model_len(config, self.spec)
-        _check_layers(config.sparse(), self.spec)
+        check_layers(config.sparse(), self.spec)
         self._streams: dict[RequestId, OutputStream] = {}
         self._arrivals = itertools.count()
         self._lock = threading.Lock()
@@ -93,9 +94,9 @@ class Engine:
             raise EngineClosed("the engine is closed")
         arrived_s = time.monotonic()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        _check_tokens(token_ids, self.spec.vocab_size)
-        _check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
-        _check_tokens([0, *params.logit_bias], self.spec.vocab_size, "logit_bias")
+        check_tokens(token_ids, self.spec.vocab_size)
+        check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
+        check_tokens([0, *params.logit_bias], self.spec.vocab_size, "logit_bias")
         self._check_attention(params)
         if len(token_ids) >= self.max_model_len:
             raise InvalidRequest(
@@ -204,7 +205,7 @@ class Engine:
                 "start it with 'auto' or 'sparse'"
             )
         try:
-            _check_layers(chosen, self.spec)
+            check_layers(chosen, self.spec)
         except InvalidConfig as error:
             raise InvalidRequest(str(error)) from None
 
@@ -280,12 +281,6 @@ def _check_names(config: EngineConfig) -> None:
         raise InvalidConfig("policy='energy_aware' needs joules; meter='none' measures none")
 
 
-def _check_layers(sparse: SparseAttention | None, spec: ModelSpec) -> None:
-    too_high = [] if sparse is None else [n for n in sparse.dense_layers if n >= spec.num_layers]
-    if too_high:
-        raise InvalidConfig(f"dense_layers={too_high[0]}: the model has layers 0 to {spec.num_layers - 1}")
-
-
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     asked, trained = config.max_model_len, spec.max_position_embeddings
     if asked is not None and asked > trained:
@@ -294,11 +289,3 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
             "rope_scaling='yarn:FACTOR' gives it FACTOR times as many"
         )
     return asked or trained
-
-
-def _check_tokens(token_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:
-    if not token_ids:
-        raise InvalidRequest(f"{field}: it is empty; at least one token is needed")
-    for token in token_ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise InvalidRequest(f"{field}: token id {token!r} is not in 0 to {vocab_size - 1}")

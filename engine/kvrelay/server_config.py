@@ -5,8 +5,9 @@ from typing import Any
 
 import msgspec
 
-from kvrelay.config import api_key, check_at_least, convert
+from kvrelay.config import api_key, convert
 from kvrelay.errors import InvalidConfig
+from kvrelay.field_checks import check_at_least
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

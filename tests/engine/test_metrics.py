@@ -93,7 +93,7 @@ def fed(**settings: Any) -> tuple[Telemetry, EnergyReport]:
     for number, gap_s in ((0, 0.1), (1, 2.0)):
         routed = request(number)
         router.counts.arrived(routed, 0.0)
-        routed.add_attention("decode", AttentionUse(num_queries=1, attended_pairs=10, causal_pairs=80))
+        routed.attention["decode"] = AttentionUse(num_queries=1, attended_pairs=10, causal_pairs=80)
         told.on_reserved(routed, 0.01)
         for at_s, event in enumerate(("arrived", "prefill_started", "prefill_finished", "kv_committed")):
             routed.ledger.add(event, at_s / 10)

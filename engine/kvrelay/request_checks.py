@@ -1,0 +1,23 @@
+"""What makes a request or a setting wrong for the model at hand."""
+
+from collections.abc import Sequence
+
+from kvrelay.errors import InvalidConfig, InvalidRequest
+from kvrelay.models.spec import ModelSpec
+from kvrelay.sparse import SparseAttention
+
+
+def check_layers(sparse: SparseAttention | None, spec: ModelSpec) -> None:
+    """Raise `InvalidConfig` for a dense layer that the model does not have."""
+    too_high = [] if sparse is None else [n for n in sparse.dense_layers if n >= spec.num_layers]
+    if too_high:
+        raise InvalidConfig(f"dense_layers={too_high[0]}: the model has layers 0 to {spec.num_layers - 1}")
+
+
+def check_tokens(token_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:
+    """Raise `InvalidRequest`, naming the field, for no tokens or one that the vocabulary does not have."""
+    if not token_ids:
+        raise InvalidRequest(f"{field}: it is empty; at least one token is needed")
+    for token in token_ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise InvalidRequest(f"{field}: token id {token!r} is not in 0 to {vocab_size - 1}")
