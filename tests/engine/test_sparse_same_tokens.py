@@ -63,6 +63,20 @@ def test_sparse_tokens_are_equal_in_every_way(
     assert longest["decode"].share_of_pairs < 0.5
 
 
+@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+def test_sparse_tokens_are_equal_after_a_prefix_hit(
+    tiny_directory: Path, mode: str, expected: dict[str, list[list[int]]]
+) -> None:
+    """The whole prompt again, and a longer prompt that begins as an earlier one did."""
+    long = prompts(*LENGTHS)[-1]
+    with tiny_llm(tiny_directory, attention=SPARSE, mode=mode) as llm:
+        llm.generate(long[:600], greedy(MAX_TOKENS))
+        again = [llm.generate(long, greedy(MAX_TOKENS))[0] for _ in range(2)]
+    assert [output.token_ids for output in again] == [expected["sparse"][-1]] * 2
+    dense_pairs = [output.attention["prefill"].causal_pairs for output in again]
+    assert dense_pairs[1] < dense_pairs[0], "the second time, less was meant to be computed"
+
+
 @pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_sparse_tokens_survive_a_worker(
