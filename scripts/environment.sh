@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv where there is none, and installs this checkout into it.
-# Usage: source scripts/environment.sh [EXTRA]    Installs again only when the build files change.
+# Usage: source scripts/environment.sh [EXTRA]    Installs again when the build files or the C++ sources change.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"
@@ -18,7 +18,7 @@ find_python() {
 }
 
 [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
-digest="$(cat pyproject.toml setup.py 2>/dev/null | cksum | cut -d' ' -f1)-${extra:-base}-$(pwd | cksum | cut -d' ' -f1)"
+digest="$(cat pyproject.toml setup.py kernels/csrc/* 2>/dev/null | cksum | cut -d' ' -f1)-${extra:-base}-$(pwd | cksum | cut -d' ' -f1)"
 if [ ! -e ".venv/installed-$digest" ]; then
   echo "Installing kvrelay${extra:+[$extra]} into .venv …" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"

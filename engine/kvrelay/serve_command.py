@@ -37,6 +37,8 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
     power_model: Annotated[str | None, typer.Option(help="Watts to assume where no meter is.")] = None,
+    metrics_alias: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of the whole pool: cost per token.")] = None,
     settings: Settings = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, until a signal says stop; a page at / shows it at work."""
@@ -52,6 +54,8 @@ def serve(
         "max_model_len": max_model_len,
         "power_model": power_model,
         "served_model_name": served_model_name,
+        "metrics_alias": metrics_alias,
+        "price_per_hour": price_per_hour,
     }
     server = {"host": host, "port": port, "api_key": api_key}
     file = {} if config is None else read_file(config)
