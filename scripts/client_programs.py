@@ -156,7 +156,13 @@ def guidellm_replay(scene: Scene) -> Counts:
     trace = scene.work("trace") / "trace.jsonl"
     rows = [{"timestamp": 0.5 * n, "input_length": 32 + 8 * n, "output_length": 8 + n} for n in range(6)]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return _guidellm(scene, "kind=replay", f"kind=trace_synthetic,path={trace}")
+    data = {
+        "kind": "trace_synthetic",
+        "source": {"kind": "json_file", "path": str(trace)},
+        "prompt_tokens_column": "input_length",
+        "output_tokens_column": "output_length",
+    }
+    return _guidellm(scene, "kind=replay", json.dumps(data))
 
 
 def _guidellm(scene: Scene, profile: str, data: str) -> Counts:
