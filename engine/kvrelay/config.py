@@ -24,6 +24,8 @@ Settings = TypeVar("Settings", bound=msgspec.Struct)
 SECONDS = ("lease_s", "worker_timeout_s", "start_timeout_s", "queue_timeout_s", "slo_ttft_s", "slo_itl_s")
 LEAST = (
     ("max_queued_requests", 0),
+    ("kv_host_bytes", 0),
+    ("kv_file_bytes", 0),
     ("local_prefill_tokens", 0),
     ("price_per_hour", 0),
     ("pue", 1),
@@ -97,7 +99,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     A step computes at most `prefill_chunk_tokens` prompt tokens, of several prompts together, less the
     sequences that decode beside it. `prefix_cache` keeps KV blocks for later requests that begin with the
-    same tokens, until their room is needed.
+    same tokens, until their room is needed. Then they go to `kv_host_bytes` of host memory, and from there
+    to `kv_file_bytes` of files in `kv_file_directory`, per worker, and come back when they are looked for.
 
     `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
     no worker can take wait in the router: at most `max_queued_requests` (None: any number), each at most
@@ -129,6 +132,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rope_scaling: str | None = None
     prefill_chunk_tokens: int | None = 512
     prefix_cache: bool = True
+    kv_host_bytes: int = 0
+    kv_file_bytes: int = 0
+    kv_file_directory: str | None = None
     max_num_seqs: int = 64
     threads_per_worker: int | None = None
     pin_threads: bool = True
@@ -175,6 +181,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
             check_whole_groups(chunks)
+        _check_tiers(self)
         if self.workers is not None:
             _check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
 
@@ -283,6 +290,17 @@ def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:
         what, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+
+
+def _check_tiers(config: EngineConfig) -> None:
+    if (config.kv_host_bytes or config.kv_file_bytes) and not config.prefix_cache:
+        field = "kv_host_bytes" if config.kv_host_bytes else "kv_file_bytes"
+        raise InvalidConfig(f"{field}={getattr(config, field)}: without prefix_cache nothing is looked for")
+    if bool(config.kv_file_bytes) != (config.kv_file_directory is not None):
+        raise InvalidConfig(
+            f"kv_file_bytes={config.kv_file_bytes}, kv_file_directory={config.kv_file_directory!r}: "
+            "expected both or neither"
+        )
 
 
 def _check_workers(workers: tuple[WorkerSettings, ...], worker_ids: list[WorkerId]) -> None:

@@ -31,7 +31,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
 )
 TORCH_FREE = [
     *("types", "errors", "sparse", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
-    *("cache.tickets", "cache.prefix", "scheduler", "router", "transport", "models.spec", "models.hub"),
+    *(
+        "cache.tickets",
+        "cache.prefix",
+        "cache.tiers",
+        "scheduler",
+        "router",
+        "transport",
+        "models.spec",
+        "models.hub",
+    ),
     *("models.tokenizer", "outputs", "launch", "engine", "llm", "settings", "server.run", "cli", "__init__"),
 ]
 

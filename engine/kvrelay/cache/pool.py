@@ -5,6 +5,22 @@ Knows block ids and names of contents (`cache.prefix`). Knows nothing about tens
 
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice, takewhile
+from typing import Protocol
+
+from kvrelay.cache.tiers import Content
+
+
+class Backing(Protocol):
+    """Where the contents of named blocks go when their room is needed, and come back from."""
+
+    def save(self, name: bytes, block: int) -> None:
+        """Keep what the block holds; it is handed out for something else right after."""
+
+    def fetch(self, names: Sequence[bytes]) -> list[Content]:
+        """The contents of the longest run of names, from the first, that are kept."""
+
+    def fill(self, blocks: Sequence[int], contents: Sequence[Content]) -> None:
+        """Write contents into the last of a prefix's blocks; the others are full."""
 
 
 class BlockPool:
@@ -13,11 +29,13 @@ class BlockPool:
     A block whose full content was `publish`ed under a name keeps it after its last owner has gone, and can
     be found and retained again, until it is handed out for something else: the longest unused first.
 
+    With a `backing`, its content is saved there then, and brought back by `take`.
+
     `allocate` is paired with `can_allocate`: asking for more than is free is a bug of the caller.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, backing: Backing | None = None) -> None:
+        self.num_blocks, self._backing = num_blocks, backing
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: dict[int, None] = {}  # named, without owner; the longest unused first
         self._references = [0] * num_blocks
@@ -58,6 +76,23 @@ class BlockPool:
         """
         found = [self._holders[name] for name in takewhile(self._holders.__contains__, names)]
         return found[: len(found) // multiple * multiple]
+
+    def take(self, names: Sequence[bytes], count: int, multiple: int = 1) -> tuple[list[int], int]:
+        """`count` blocks for a sequence that begins with `names`, and how many of them, the first, are full.
+
+        Those that are found are shared, the others allocated; of these, a run that the backing has is filled.
+        """
+        found = self.find(names)
+        contents = self._backing.fetch(names[len(found) :]) if self._backing is not None else []
+        num_full = (len(found) + len(contents)) // multiple * multiple
+        found = found[:num_full]
+        num_found = len(found)
+        self.retain(found)
+        blocks = found + self.allocate(count - num_found)
+        if self._backing is not None and num_full > num_found:
+            self._backing.fill(blocks[:num_full], contents[: num_full - num_found])
+            self.publish(blocks[num_found:num_full], names[num_found:num_full])
+        return blocks, num_full
 
     def publish(self, blocks: Sequence[int], names: Sequence[bytes]) -> None:
         """Say what these taken blocks hold, now and until they are free. A held name stays put."""
@@ -119,6 +154,8 @@ class BlockPool:
         del self._idle[block]
         name = self._names[block]
         assert name is not None
+        if self._backing is not None:
+            self._backing.save(name, block)
         self._names[block] = None
         del self._holders[name]
         self._changes[name] = False

@@ -88,6 +88,16 @@ class KVStore:
         index = torch.tensor(block_ids, dtype=torch.int64)
         self.pages[:, :, index.to(self.device)] = self.landing[:, :, index].to(self.device)
 
+    def read_block(self, block: int) -> memoryview:
+        """A copy of the block's bytes, K and V of every layer."""
+        copied = self.pages[:, :, block].clone(memory_format=torch.contiguous_format)
+        return copied.cpu().view(torch.uint8).flatten().numpy().data
+
+    def write_block(self, block: int, content: bytearray | memoryview | bytes) -> None:
+        """Put back what `read_block` gave."""
+        pages = self.pages[:, :, block]
+        pages.copy_(torch.frombuffer(content, dtype=pages.dtype).view(pages.shape))
+
     def digests(self, block_ids: Sequence[int], *, landed: bool = False) -> tuple[str, ...]:
         """BLAKE2b of each block's bytes, K and V of every layer, 16 hex digits each.
 

@@ -67,7 +67,8 @@ class DecodeScheduler:
         if not self.waiting:
             return None
         request, names = self.waiting[0].request, self.waiting[0].names
-        cached = self._pool.find(names, self._prefixes.unit_tokens // BLOCK_SIZE)
+        multiple = self._prefixes.unit_tokens // BLOCK_SIZE
+        cached = self._pool.find(names, multiple)
         needed = num_blocks(len(request.token_ids)) - len(cached)
         growth = len(self.running) + num_open_tickets
         if not self._pool.can_allocate(needed + growth, cached) and not (
@@ -75,9 +76,8 @@ class DecodeScheduler:
         ):
             return None
         self.waiting.pop(0)
-        self._pool.retain(cached)
-        block_ids = cached + self._pool.allocate(needed)
-        return Admission(request, names, block_ids, len(cached) * BLOCK_SIZE)
+        block_ids, num_full = self._pool.take(names, len(cached) + needed, multiple)
+        return Admission(request, names, block_ids, num_full * BLOCK_SIZE)
 
     def run(self, sequence: DecodeSequence) -> None:
         """Add a committed sequence to the running ones, by rank."""

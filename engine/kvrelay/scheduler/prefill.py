@@ -159,29 +159,32 @@ class PrefillScheduler:
             return True
         cached = self._find(job)
         if job.is_local:
-            cached = self._share_local(job, cached)
+            num_full = self._share_local(job, cached)
         else:
-            needed = num_blocks(job.num_tokens) - len(cached)
-            if not self._pool.can_allocate(needed, cached):
+            count = num_blocks(job.num_tokens)
+            if not self._pool.can_allocate(count - len(cached), cached):
                 return False
-            self._pool.retain(cached)
-            job.block_ids = cached + self._pool.allocate(needed)
-        job.num_cached = job.num_computed = len(cached) * BLOCK_SIZE
+            job.block_ids, num_full = self._pool.take(job.names, count, self._multiple)
+        job.num_cached = job.num_computed = num_full * BLOCK_SIZE
         job.is_begun = True
         begun.append(job)
         return True
 
-    def _share_local(self, job: PrefillJob, cached: list[int]) -> list[int]:
-        """The job's full blocks; those that others filled since its own were reserved take their place."""
+    def _share_local(self, job: PrefillJob, cached: list[int]) -> int:
+        """How many blocks are full; those that others filled since its own were reserved take their place."""
         page = job.first_page
         late = cached[page:]
         self._pool.retain(late)
         self._pool.release(job.block_ids[page : page + len(late)])
         job.block_ids[page : page + len(late)] = late
-        return job.block_ids[: max(page, len(cached))]
+        return max(page, len(cached))
 
     def _find(self, job: PrefillJob) -> list[int]:
-        return self._pool.find(job.names, self._prefixes.unit_tokens // BLOCK_SIZE)
+        return self._pool.find(job.names, self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        return self._prefixes.unit_tokens // BLOCK_SIZE
 
     def _cut(self, length: int, budget: int) -> int:
         """All of `length` if the budget holds it, else whole units."""

@@ -5,6 +5,7 @@ Decides what `auto` means here: the device, the dtype, the size of the pool.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kvrelay.transport import open_transport
 from kvrelay.transport.base import InprocHub, Site
 from kvrelay.types import KVLayout, num_blocks
 from kvrelay.wire import Descriptor, Message
+from kvrelay.worker.backing import open_backing
 from kvrelay.worker.parts import WorkerParts
 
 CPU_MEMORY_SHARE = 0.25  # of the memory available at start, over all workers
@@ -61,18 +63,21 @@ def load_parts(
         sparse = config.engine.sparse()
         store = KVStore(layout, count, buffer, device, keeps_stats=sparse is not None)
         descriptor = transport.register(store)
+        counters: Counter[str] = Counter()
+        pool = BlockPool(count, open_backing(config, store, counters))
     except BaseException:
         transport.close()
         raise
     parts = WorkerParts(
         config=config,
-        pool=BlockPool(count),
+        pool=pool,
         store=store,
         runner=Runner(
             decoder, store, frozenset(spec.eos_token_ids), measured(sparse, spec.num_q_heads, store)
         ),
         transport=transport,
         send=send,
+        counters=counters,
     )
     return parts, descriptor
 

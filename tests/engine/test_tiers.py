@@ -1,0 +1,211 @@
+"""KV that outlives its pages: bounded tiers, files whole or missing, the same tokens."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay import LLM, EngineConfig, SparseAttention
+from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.tiers import DIGEST_BYTES, MAGIC, Content, FileTier, HostTier, Tiers
+from kvrelay.errors import InvalidConfig
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+
+NAMES = [bytes([index]) * 16 for index in range(12)]
+HEADER = len(MAGIC) + DIGEST_BYTES
+BLOCK_BYTES = 4 * 2 * 2 * 64 * 16 * 4  # of the tiny model in float32
+
+
+def content(index: int, size: int = 100) -> bytes:
+    return bytes([index]) * size
+
+
+def test_the_host_tier_keeps_the_last_used_and_hands_on_the_others() -> None:
+    tier = HostTier(300)
+    for index in range(3):
+        assert tier.put(NAMES[index], content(index)) == []
+    assert tier.get(NAMES[0]) == content(0)
+    assert tier.put(NAMES[3], content(3)) == [(NAMES[1], content(1))]
+    assert tier.put(NAMES[3], content(3)) == [], "what is here already takes no room twice"
+    assert tier.num_bytes == 300
+    assert tier.put(NAMES[4], content(4, 301))[-1] == (NAMES[4], content(4, 301)), "it never fits"
+    assert tier.num_bytes <= 300
+
+
+def test_files_are_found_again_by_the_next_process(tmp_path: Path) -> None:
+    tier = FileTier(tmp_path / "kv", 10_000)
+    tier.put(NAMES[0], content(7))
+    (tmp_path / "kv" / "left.partial").write_bytes(b"half")
+    (tmp_path / "kv" / "foreign.kvblock").write_bytes(b"not one of ours")
+    again = FileTier(tmp_path / "kv", 10_000)
+    assert again.get(NAMES[0]) == content(7)
+    assert again.get(NAMES[1]) is None
+    assert again.num_bytes == HEADER + 100
+    assert not list((tmp_path / "kv").glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "long", "empty", "other name", "gone", "magic"])
+def test_a_damaged_file_is_missing_and_deleted(tmp_path: Path, damage: str) -> None:
+    tier = FileTier(tmp_path, 10_000)
+    tier.put(NAMES[0], content(0))
+    tier.put(NAMES[1], content(1))
+    path = tmp_path / f"{NAMES[0].hex()}.kvblock"
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "bit":
+            data[HEADER + 50] ^= 1
+        case "short":
+            del data[-1]
+        case "long":
+            data += b"x"
+        case "empty":
+            data.clear()
+        case "other name":
+            data[:] = (tmp_path / f"{NAMES[1].hex()}.kvblock").read_bytes()
+        case "magic":
+            data[0] ^= 1
+    path.write_bytes(data)
+    if damage == "gone":
+        path.unlink()
+    assert tier.get(NAMES[0]) is None
+    assert tier.get(NAMES[0]) is None
+    assert not path.exists()
+    assert tier.get(NAMES[1]) == content(1)
+
+
+def test_the_file_tier_stays_within_its_bytes(tmp_path: Path) -> None:
+    limit = 3 * (HEADER + 100)
+    tier = FileTier(tmp_path, limit)
+    for index in range(6):
+        tier.put(NAMES[index], content(index))
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) == tier.num_bytes <= limit
+    assert [tier.get(name) is not None for name in NAMES[:6]] == [False] * 3 + [True] * 3
+    tier.put(NAMES[6], content(6, 10_000))
+    assert tier.get(NAMES[6]) is None
+    assert FileTier(tmp_path, limit // 3).num_bytes == limit // 3, "a smaller limit shrinks what is there"
+
+
+def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidConfig, match="kv_file_directory"):
+        FileTier(tmp_path / "file" / "kv", 1000)
+
+
+def test_what_host_memory_drops_goes_to_files_and_a_run_ends_where_one_is_missing(tmp_path: Path) -> None:
+    counters: Counter[str] = Counter()
+    tiers = Tiers([HostTier(200), FileTier(tmp_path, 10_000)], counters)
+    for index in range(4):
+        tiers.put(NAMES[index], content(index))
+    assert tiers.get(NAMES[:6], 100) == [content(index) for index in range(4)]
+    assert counters == {"tier_hits_host": 2, "tier_hits_file": 2}
+    assert tiers.get([NAMES[5], NAMES[0]], 100) == []
+    assert tiers.get(NAMES[:2], 99) == [], "contents of another size are not ours"
+
+
+class Memory:
+    """A backing over a list of cells, with real tiers."""
+
+    def __init__(self, num_blocks: int, max_bytes: int) -> None:
+        self.cells: list[bytes] = [b"rubbish"] * num_blocks
+        self.tiers = Tiers([HostTier(max_bytes)], Counter())
+
+    def save(self, name: bytes, block: int) -> None:
+        self.tiers.put(name, self.cells[block])
+
+    def fetch(self, names: Any) -> list[Content]:
+        return self.tiers.get(names, 16)
+
+    def fill(self, blocks: Any, contents: Any) -> None:
+        for block, data in zip(blocks[len(blocks) - len(contents) :], contents, strict=True):
+            self.cells[block] = bytes(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 3)), max_size=30),
+    st.sampled_from([0, 32, 64, 1000]),
+    st.sampled_from([1, 2]),
+)
+def test_full_blocks_hold_what_their_names_say_whatever_was_evicted(
+    sequences: list[tuple[int, int, int]], max_bytes: int, multiple: int
+) -> None:
+    memory = Memory(8, max_bytes)
+    pool = BlockPool(8, memory)
+    held: list[list[int]] = []
+    for text, count, num_kept in sequences:
+        names = [bytes([text, index]) * 8 for index in range(count)]
+        while len(held) > num_kept:
+            pool.release(held.pop(0))
+        if not pool.can_allocate(count - len(found := pool.find(names, multiple)), found):
+            continue
+        blocks, num_full = pool.take(names, count, multiple)
+        assert len(set(blocks)) == count
+        assert num_full % multiple == 0
+        assert num_full >= len(found)
+        assert [memory.cells[block] for block in blocks[:num_full]] == names[:num_full]
+        for block, name in zip(blocks[num_full:], names[num_full:], strict=True):
+            memory.cells[block] = name
+        pool.publish(blocks, names)
+        held.append(blocks)
+        pool.check()
+    for blocks in held:
+        pool.release(blocks)
+    pool.check()
+    assert pool.num_free == 8
+
+
+def talk(llm: LLM, turns: int) -> tuple[list[list[int]], list[int]]:
+    """Two conversations in turn on a pool that holds one: tokens, and what the first found again."""
+    texts, tokens, cached = [prompts(400, 401)[index] for index in range(2)], [], []
+    for _ in range(turns):
+        for text in texts:
+            (output,) = llm.generate([text], greedy(20))
+            tokens.append(output.token_ids)
+            cached.append(output.num_cached_tokens)
+            text += output.token_ids + [9] * 10
+    return tokens, cached
+
+
+def hits(llm: LLM, tier: str) -> list[int]:
+    return [worker.counters.get(f"tier_hits_{tier}", 0) for worker in llm.report().workers]
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_conversations_come_back_from_the_tiers_with_the_same_tokens(
+    tiny_directory: Path, tmp_path: Path, mode: str, attention: str
+) -> None:
+    chosen = SparseAttention(budget_tokens=192, local_blocks=1, dense_below_tokens=0)
+    common: dict[str, Any] = {"mode": mode, "attention": chosen if attention == "sparse" else "dense"}
+    with tiny_llm(tiny_directory, **common, prefix_cache=False) as llm:
+        expected, _ = talk(llm, 3)
+    tiers = {
+        "host": {"kv_host_bytes": 100 * BLOCK_BYTES},
+        "file": {"kv_file_bytes": 100 * (BLOCK_BYTES + HEADER), "kv_file_directory": str(tmp_path)},
+    }
+    for tier, sizes in tiers.items():
+        with tiny_llm(tiny_directory, num_kv_blocks=10, **common, **sizes) as llm:
+            tokens, cached = talk(llm, 3)
+            assert_all_blocks_home(llm)
+            assert all(hits(llm, tier))
+        assert tokens == expected
+        assert cached[:2] == [0, 0]
+        assert all(found >= 256 for found in cached[2:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kv_host_bytes": -1}, "kv_host_bytes=-1: expected at least 0"),
+        ({"kv_host_bytes": 1, "prefix_cache": False}, "kv_host_bytes=1: without prefix_cache"),
+        ({"kv_file_bytes": 5}, "kv_file_bytes=5, kv_file_directory=None: expected both or neither"),
+        ({"kv_file_directory": "x"}, "kv_file_bytes=0, kv_file_directory='x': expected both"),
+    ],
+)
+def test_bad_tiers_are_refused_by_name(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidConfig, match=reason):
+        EngineConfig(model="m", **settings)
