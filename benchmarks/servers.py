@@ -138,7 +138,7 @@ def started(name: str, model: str, dtype: str) -> Iterator[float]:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for number, patience_s in ((signal.SIGINT, 20.0), (signal.SIGKILL, 10.0)):
+    for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
             process.wait(patience_s)
