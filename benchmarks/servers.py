@@ -66,7 +66,12 @@ PEERS = {
     "vllm": Peer(
         8105,
         "{VLLM} serve {model} --host " + HOST + " --port {port} --dtype {dtype} --max-model-len 8192",
-        environment={"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        environment={
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default it leaves one core unused: of two, half
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
     ),
     "llama.cpp": Peer(
         8106, "{LLAMA_SERVER} -m {LLAMA_GGUF} --host " + HOST + " --port {port} -c 131072 -np 16 -cb"
