@@ -22,6 +22,7 @@ import random
 import re
 import signal
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ def run_round(targets: Sequence[Target], cell: Cell, texts: list[str], index: in
     rows: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for asked in reversed(targets) if index % 2 else targets:
-        closed_loop(asked, [texts[0][: len(texts[0]) // 4]], 4, 1)  # wake it up
+        time.sleep(1.0)  # some servers spin for a while after their last request
         busy = psutil.cpu_percent(1.0)
+        closed_loop(asked, [texts[0][: len(texts[0]) // 4]], 4, 1)  # wake it up
         exchanges, elapsed_s = closed_loop(asked, texts, cell.output_tokens, cell.concurrency)
         row = {"server": asked.name, "cell": str(cell), "round": index, "busy_percent": busy}
         rows[asked.name] = {**row, **figures(exchanges, elapsed_s, cell)}
