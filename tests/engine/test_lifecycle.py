@@ -17,7 +17,7 @@ llm = LLM({model!r}, transport="shm", dtype="float32", num_kv_blocks=32)
 print(*[worker.pid for worker in llm.report().workers], llm.engine._workers.run_directory, flush=True)
 {then}
 """
-GENERATE = "llm.generate([[5, 6, 7]] * 4, SamplingParams(max_tokens=900, ignore_eos=True))"
+GENERATE = "while True: llm.generate([[5, 6, 7]] * 4, SamplingParams(max_tokens=900, ignore_eos=True))"
 
 
 def start(model: Path, then: str) -> tuple["subprocess.Popen[str]", list[int], Path]:
