@@ -56,7 +56,8 @@ def token_ids(model: Path, text: Path, num_tokens: int) -> Tensor:
 
 def load_layers(directory: Path, num_layers: int | None) -> Decoder:
     """The model in float32, or its first ``num_layers`` layers."""
-    model = load_model(directory, "cpu", torch.float32)
+    model = load_model(directory, "cpu", torch.float32, "torch")
+    assert isinstance(model, Decoder)
     return model if num_layers is None else replace(model, layers=model.layers[:num_layers])
 
 

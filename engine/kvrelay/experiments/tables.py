@@ -27,17 +27,16 @@ def phase_table(report: Report) -> Table:
 
 
 def worker_table(report: Report) -> Table:
-    """One row per worker process."""
+    """One row per worker process; the title says what computes the layers."""
     headings = ("worker", "pid", "device", "prefill s", "KV s", "decode s", "KV sent", "blocks")
-    table = _table("Workers", *headings)
+    impls = dict.fromkeys(worker.model_impl for worker in report.workers)
+    table = _table(f"Workers (layers by {', '.join(impls)})", *headings)
     for worker in report.workers:
         busy = (_number(worker.busy_s[phase]) for phase in ("prefill", "transfer", "decode"))
         sent = f"{worker.kv_bytes_written / 1e6:.1f} MB"
         blocks = f"{worker.peak_blocks}/{worker.num_blocks}"
         state = worker.worker_id if worker.is_alive else f"{worker.worker_id} (dead)"
-        table.add_row(
-            state, str(worker.pid), f"{worker.device} {worker.dtype} {worker.model_impl}", *busy, sent, blocks
-        )
+        table.add_row(state, str(worker.pid), f"{worker.device} {worker.dtype}", *busy, sent, blocks)
     return table
 
 
