@@ -160,6 +160,8 @@ def _steps(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Gate]:
             for way, side in sides.items():
                 *seconds, tokens[way, batch] = side.run(batch, options.steps)
                 times.setdefault((way, batch), []).append((seconds[0], seconds[1]))
+    for side in sides.values():
+        side.parts.transport.close()
     read = statistics.median(reads)
     rows = [_row(key, measured, read, weight_bytes) for key, measured in times.items()]
     most = max(options.batches)
