@@ -62,7 +62,6 @@ class Side:
             engine=settings,
         )
         self.parts, _ = load_parts(config, None, lambda message: None)
-        self.parts.store.pages.normal_(generator=torch.Generator().manual_seed(0))
         logits = self.parts.runner.logits
 
         def timed(batch: list[DecodeSequence]) -> torch.Tensor:
@@ -76,6 +75,9 @@ class Side:
     def run(self, batch: int, steps: int) -> tuple[float, float, list[list[int]]]:
         """Seconds of a step, of which in the model, and the tokens; contexts are random but the same."""
         side = DecodeSide(self.parts)
+        for layer in range(self.parts.store.layout.num_layers):  # pages are alike: any will do
+            for pages in self.parts.store.layer(layer):
+                pages.copy_(torch.randn(pages.shape[1:], generator=torch.Generator().manual_seed(layer)))
         for index in range(batch):
             request = _request(index, self.options)
             blocks = self.parts.pool.allocate(num_blocks(len(request.token_ids)))
