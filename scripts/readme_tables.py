@@ -97,7 +97,26 @@ def transport(record: dict[str, Any]) -> str:
     return _table(rows) + _source(record, "transport.json")
 
 
+def decode_step(record: dict[str, Any]) -> str:
+    """Decode steps of one worker by implementation and batch; the first token, and the start."""
+    rows = [
+        ["layers, dtype", "batch", "step (ms)", "tokens/s", "weights read / read bandwidth", "not the model"]
+    ]
+    for row in record["results"]["steps"]:
+        shares = (f"{row['read_share']:.0%}", f"{row['overhead_share']:.1%}")
+        rows.append(
+            [row["way"], str(row["batch"]), _figure(row["step_ms"]), _figure(row["tokens_per_s"]), *shares]
+        )
+    first, start = record["results"]["first_token"], record["results"]["start_to_first_token_s"]
+    lines = (
+        f"\n\nFirst token of a {first['prompt_tokens']}-token prompt: {first['native_float32']:.2f} s, "
+        f"`transformers` {first['transformers_float32']:.2f} s. From the shell to the first token: {start['median']:.1f} s."
+    )
+    return _table(rows) + lines + _source(record, "decode_step.json")
+
+
 TABLES = {
+    "decode_step": decode_step,
     "disaggregation": disaggregation,
     "disaggregation_map": disaggregation_map,
     "interference": interference,
