@@ -110,7 +110,8 @@ def decode_step(record: dict[str, Any]) -> str:
     first, start = record["results"]["first_token"], record["results"]["start_to_first_token_s"]
     lines = (
         f"\n\nFirst token of a {first['prompt_tokens']}-token prompt: {first['native_float32']:.2f} s, "
-        f"`transformers` {first['transformers_float32']:.2f} s. From the shell to the first token: {start['median']:.1f} s."
+        f"`transformers` {first['transformers_float32']:.2f} s. "
+        f"From the shell to the first token: {start['median']:.1f} s."
     )
     return _table(rows) + lines + _source(record, "decode_step.json")
 
