@@ -14,7 +14,6 @@ from kvrelay.router.request import Update
 from kvrelay.router.spans import Spans, open_spans
 from tiny_engine import greedy, prompts, tiny_llm
 
-pytest.importorskip("opentelemetry.sdk")
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
 
