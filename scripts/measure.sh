@@ -2,7 +2,7 @@
 # Makes the records behind the README's tables anew; about half an hour on two idle cores. Commit first, and leave the
 # machine alone. VLLM=/path/to/vllm adds vLLM to the peers (benchmarks/servers.py says how to have its CPU build).
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" dev,plot
+source "$(dirname "$0")/environment.sh" dev
 [ -z "$(git status --porcelain --untracked-files=no)" ] || { echo "commit first: records name a commit"; exit 1; }
 python=.venv/bin/python
 peers=(--server kvrelay-colocated --server kvrelay-1P1D ${VLLM:+--server vllm})

@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits "ignored"
 from kvrelay import LLM, SamplingParams
 llm = LLM({model!r}, transport="shm", dtype="float32", num_kv_blocks=32)
 print(*[worker.pid for worker in llm.report().workers], llm.engine._workers.run_directory, flush=True)
@@ -20,12 +22,26 @@ print(*[worker.pid for worker in llm.report().workers], llm.engine._workers.run_
 GENERATE = "while True: llm.generate([[5, 6, 7]] * 4, SamplingParams(max_tokens=900, ignore_eos=True))"
 
 
-def start(model: Path, then: str) -> tuple["subprocess.Popen[str]", list[int], Path]:
-    code = SCRIPT.format(model=str(model), then=then)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    *pids, directory = process.stdout.readline().split()
-    return process, [int(pid) for pid in pids], Path(directory)
+Start = Callable[[str], tuple["subprocess.Popen[str]", list[int], Path]]
+
+
+@pytest.fixture
+def start(tiny_directory: Path) -> Iterator[Start]:
+    """Starts a user's script on the tiny model; what still runs after the test is killed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(then: str) -> tuple["subprocess.Popen[str]", list[int], Path]:
+        code = SCRIPT.format(model=str(tiny_directory), then=then)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        *pids, directory = process.stdout.readline().split()
+        return process, [int(pid) for pid in pids], Path(directory)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait(15)
 
 
 def assert_gone(pids: list[int], directory: Path) -> None:
@@ -39,8 +55,8 @@ def assert_gone(pids: list[int], directory: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_signal_to_the_user_process_leaves_nothing(tiny_directory: Path, how: str) -> None:
-    process, pids, directory = start(tiny_directory, GENERATE)
+def test_a_signal_to_the_user_process_leaves_nothing(start: Start, how: str) -> None:
+    process, pids, directory = start(GENERATE)
     assert len(pids) == 2
     time.sleep(0.3)
     process.send_signal(getattr(signal, how))
@@ -48,24 +64,19 @@ def test_a_signal_to_the_user_process_leaves_nothing(tiny_directory: Path, how: 
     assert_gone(pids, directory)
 
 
-def test_a_script_that_forgets_to_close_leaves_nothing(tiny_directory: Path) -> None:
-    process, pids, directory = start(tiny_directory, "")
+def test_a_script_that_forgets_to_close_leaves_nothing(start: Start) -> None:
+    process, pids, directory = start("")
     assert process.wait(15) == 0
     assert_gone(pids, directory)
 
 
-def test_ctrl_c_at_a_terminal_reaches_the_user_only(tiny_directory: Path) -> None:
+def test_ctrl_c_at_a_terminal_reaches_the_user_only(start: Start) -> None:
     """A terminal signals its whole foreground group; workers are in sessions of their own."""
-    process, pids, _ = start(tiny_directory, "time.sleep(60)")
+    process, pids, _ = start("time.sleep(60)")
     assert all(os.getsid(pid) != os.getsid(process.pid) for pid in pids)
-    process.kill()
-    process.wait(15)
 
 
-def test_nothing_is_named_in_shared_memory(tiny_directory: Path) -> None:
+def test_nothing_is_named_in_shared_memory(start: Start) -> None:
     before = set(os.listdir("/dev/shm"))
-    process, pids, directory = start(tiny_directory, "time.sleep(60)")
+    start("time.sleep(60)")
     assert set(os.listdir("/dev/shm")) == before
-    process.kill()
-    process.wait(15)
-    assert_gone(pids, directory)
