@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "engine")]
 import kvrelay_kernels as kk  # noqa: E402
 from kvrelay.experiments.record import Gate, make_record, write_record  # noqa: E402
 
+OURS = ("sparse", "selection", "statistics")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -80,10 +82,15 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def median_s(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median time of each, taken in turns so that a busy neighbour hits all alike."""
-    times = [[seconds(run) for run in runs] for _ in range(repeats)]
-    return [sorted(column)[repeats // 2] for column in zip(*times, strict=True)]
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Times of each in seconds, taken in turns so that a busy neighbour hits all alike."""
+    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats)]
+    return {name: [times[name] for times in rounds] for name in runs}
+
+
+def speedup(peer: list[float], *ours: list[float]) -> float:
+    """Median over the rounds of the peer's time over the sum of ours in the same round."""
+    return median(p / sum(parts) for p, *parts in zip(peer, *ours, strict=True))
 
 
 def ceilings(repeats: int) -> dict[str, float]:
@@ -91,13 +98,16 @@ def ceilings(repeats: int) -> dict[str, float]:
     a, b = torch.randn(2, 2048, 2048)
     source = torch.randn(64 << 20)
     target = torch.empty_like(source)
-    gemm, read, copy = median_s(
-        [lambda: a @ b, lambda: source.sum(), lambda: target.copy_(source)], repeats + 1
-    )
+    runs: dict[str, Callable[[], object]] = {
+        "gemm": lambda: a @ b,
+        "read": lambda: source.sum(),
+        "copy": lambda: target.copy_(source),
+    }
+    best = {name: min(times) for name, times in timed(runs, 2 * repeats + 1).items()}
     return {
-        "gemm_gflops": 2 * 2048**3 / gemm / 1e9,
-        "read_gbs": source.numel() * 4 / read / 1e9,
-        "copy_gbs": source.numel() * 8 / copy / 1e9,
+        "gemm_gflops": 2 * 2048**3 / best["gemm"] / 1e9,
+        "read_gbs": source.numel() * 4 / best["read"] / 1e9,
+        "copy_gbs": source.numel() * 8 / best["copy"] / 1e9,
     }
 
 
@@ -137,20 +147,18 @@ def prefill(case: Case, options: argparse.Namespace, ceiling: dict[str, float]) 
     out, _ = kk.block_sparse_prefill(case.q, case.kv, bounds, selection, impl=options.impl)
     rows = [*torch.randint(case.n, (8,)).tolist(), case.n - 1]
     error, allowed = sampled_error(case, case.q, rows, out, selection)
-    sparse_s, select_s, stats_s = median_s(
-        [
-            lambda: kk.block_sparse_prefill(case.q, case.kv, bounds, selection, impl=options.impl),
-            lambda: kk.select_blocks(case.q, case.kv, case.config, **arguments),
-            lambda: kk.kv_block_stats(case.kv, impl=options.impl),
-        ],
-        options.repeats if case.n <= 32768 else 1,
-    )
     sdpa_heads, run_sdpa = sdpa_prefill(case, options)
-    runs = [run_sdpa]
+    runs: dict[str, Callable[[], object]] = {
+        "sdpa": run_sdpa,
+        "sparse": lambda: kk.block_sparse_prefill(case.q, case.kv, bounds, selection, impl=options.impl),
+        "selection": lambda: kk.select_blocks(case.q, case.kv, case.config, **arguments),
+        "statistics": lambda: kk.kv_block_stats(case.kv, impl=options.impl),
+    }
     if case.n <= options.dense_max:
-        runs.append(lambda: kk.paged_prefill(case.q, case.kv, bounds, impl=options.impl))
-    sdpa_s, *dense_s = median_s(runs, options.repeats if case.n <= 8192 else 1)
-    sdpa_s *= case.q.shape[1] / sdpa_heads
+        runs["dense"] = lambda: kk.paged_prefill(case.q, case.kv, bounds, impl=options.impl)
+    times = timed(runs, options.repeats)
+    times["sdpa"] = [one * case.q.shape[1] / sdpa_heads for one in times["sdpa"]]
+    typical = {name: median(column) for name, column in times.items()}
     group = case.q.shape[1] // case.kv.num_kv_heads
     pairs = group * selection.attended_pairs(bounds.diff(), case.kv.seq_lens)
     dense_pairs = case.q.shape[1] * case.n * (case.n + 1) // 2
@@ -159,19 +167,15 @@ def prefill(case: Case, options: argparse.Namespace, ceiling: dict[str, float]) 
     return {
         "tokens": case.n,
         "dtype": str(case.q.dtype).removeprefix("torch."),
-        "sdpa_s": sdpa_s,
         "sdpa_heads_timed": sdpa_heads,
-        "dense_s": dense_s[0] if dense_s else None,
-        "sparse_s": sparse_s,
-        "selection_s": select_s,
-        "statistics_s": stats_s,
-        "sdpa_gflops": flops * dense_pairs / sdpa_s / 1e9,
-        "dense_gflops": flops * dense_pairs / dense_s[0] / 1e9 if dense_s else None,
-        "sparse_gflops": flops * pairs / sparse_s / 1e9,
-        "sparse_of_gemm": flops * pairs / sparse_s / 1e9 / ceiling["gemm_gflops"],
-        "statistics_gbs": case.kv_bytes / 2 / stats_s / 1e9,
+        **{f"{name}_s": typical.get(name) for name in ("sdpa", "dense", "sparse", "selection", "statistics")},
+        "sdpa_gflops": flops * dense_pairs / typical["sdpa"] / 1e9,
+        "dense_gflops": flops * dense_pairs / typical["dense"] / 1e9 if "dense" in typical else None,
+        "sparse_gflops": flops * pairs / typical["sparse"] / 1e9,
+        "sparse_of_gemm": flops * pairs / typical["sparse"] / 1e9 / ceiling["gemm_gflops"],
+        "statistics_gbs": case.kv_bytes / 2 / typical["statistics"] / 1e9,
         "flop_reduction": dense_pairs / pairs,
-        "speedup": sdpa_s / (sparse_s + select_s + stats_s) if passed else None,
+        "speedup": speedup(times["sdpa"], *(times[name] for name in OURS)) if passed else None,
         "error": error,
         "allowed_error": allowed,
         "passed": passed,
@@ -201,28 +205,28 @@ def decode(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         sampled_error(case, q, [0], kk.paged_decode(q, case.kv, impl=impl)[0], None),
     ]
     grouped, memory = q.view(1, case.kv.num_kv_heads, -1, case.kv.head_dim), torch.randn(64 << 20)
-    names = ("sdpa", "sdpa_grouped", "dense", "selection", "sparse", "read")
-    runs: list[Callable[[], object]] = [
-        lambda: sdpa(q[:, :, None], case.keys, case.values, enable_gqa=True),
-        lambda: sdpa(grouped, case.keys, case.values),  # the group's heads as rows: reads K and V once
-        lambda: kk.paged_decode(q, case.kv, impl=impl),
-        lambda: kk.select_blocks(q, case.kv, case.config, stats=stats, impl=impl),
-        lambda: kk.block_sparse_decode(q, case.kv, selection, impl=impl),
-        lambda: memory.sum(),
-    ]
-    times = dict(zip(names, median_s(runs, 5 * options.repeats), strict=True))
+    runs: dict[str, Callable[[], object]] = {
+        "sdpa": lambda: sdpa(q[:, :, None], case.keys, case.values, enable_gqa=True),
+        "sdpa_grouped": lambda: sdpa(grouped, case.keys, case.values),  # heads as rows: reads K, V once
+        "dense": lambda: kk.paged_decode(q, case.kv, impl=impl),
+        "selection": lambda: kk.select_blocks(q, case.kv, case.config, stats=stats, impl=impl),
+        "sparse": lambda: kk.block_sparse_decode(q, case.kv, selection, impl=impl),
+        "read": lambda: memory.sum(),
+    }
+    times = timed(runs, 5 * options.repeats)
+    typical = {name: median(column) for name, column in times.items()}
     passed = all(error <= allowed for error, allowed in gates)
-    read_gbs, dense_gbs = memory.numel() * 4 / times.pop("read") / 1e9, case.kv_bytes / times["dense"] / 1e9
-    sparse_s = times["selection"] + times["sparse"]
+    ours = (times["selection"], times["sparse"])
+    read_gbs, dense_gbs = memory.numel() * 4 / typical["read"] / 1e9, case.kv_bytes / typical["dense"] / 1e9
     return {
         "tokens": case.n,
         "dtype": str(q.dtype).removeprefix("torch."),
-        **{f"{name}_ms": 1e3 * value for name, value in times.items()},
+        **{f"{name}_ms": 1e3 * value for name, value in typical.items() if name != "read"},
         "dense_gbs": dense_gbs,
         "read_gbs": read_gbs,
         "dense_of_read": dense_gbs / read_gbs,
-        "speedup": times["sdpa"] / sparse_s if passed else None,
-        "speedup_over_grouped": times["sdpa_grouped"] / sparse_s if passed else None,
+        "speedup": speedup(times["sdpa"], *ours) if passed else None,
+        "speedup_over_grouped": speedup(times["sdpa_grouped"], *ours) if passed else None,
         "passed": passed,
     }
 
