@@ -5,7 +5,9 @@
 set -u
 cd "$(dirname "$0")/.."
 dry=${1:-}
-export PYTHONPATH=engine:kernels:tests OUT=${OUT:-benchmarks/results}
+# build/gpu: where a bare image lacks the engine's small dependencies, put them there for its Python:
+#   pip install --target build/gpu --python-version 3.12 --only-binary :all: msgspec pyzmq prometheus-client psutil
+export PYTHONPATH=engine:kernels:tests:build/gpu OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT"
 python=${PYTHON:-python3}
 failed=()
@@ -26,17 +28,24 @@ if [ "$dry" = --dry-run ]; then
   step compile 300 "$python" -W ignore -m kvrelay_kernels.compile_gate --sm 90 --head-dim 128 --group 4
   step correctness 300 env TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider tests/kernels \
     -k "match_the_keys or (up_to_ties and tree) or any_chunk_offset"
+  step decode_graphs 200 "$python" benchmarks/decode_graphs.py --dry-run --batches 1 3 --steps 6
   step attention_gpu 300 env TRITON_INTERPRET=1 "$python" benchmarks/attention_gpu.py --dry-run
 else
   nvidia-smi || true
   # a bare image may lack pytest; the benchmark gates itself, so its absence costs no correctness check
   if "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-    step correctness 150 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_attention.py \
+    step correctness 120 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_attention.py \
       tests/kernels/test_kv_block_stats.py tests/kernels/test_select_blocks.py -k triton
   else
     echo "== correctness: no pytest or hypothesis here; the benchmark's own gates stand alone"
   fi
-  step attention_gpu 380 "$python" benchmarks/attention_gpu.py --limit-s 270
+  if "$python" -c 'import kvrelay.runner, kvrelay.experiments.record' 2>/dev/null; then
+    step decode_graphs 150 "$python" benchmarks/decode_graphs.py
+  else
+    echo "== decode_graphs: NOT RUN, the engine's dependencies are not here (see build/gpu above)"
+    failed+=(decode_graphs)
+  fi
+  step attention_gpu 270 "$python" benchmarks/attention_gpu.py --limit-s 200
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -4,7 +4,6 @@ The only place that reads the environment. Knows no tensors and starts nothing.
 """
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,10 +13,11 @@ from kvrelay.errors import InvalidConfig
 from kvrelay.field_checks import check_at_least, check_choice, check_chunk
 from kvrelay.sparse import SparseAttention, check_whole_groups, sparse_settings
 from kvrelay.types import Role, WorkerId
+from kvrelay.worker_settings import DEVICES, OWN, WorkerSettings, check_workers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
 MODEL_IMPLS = ("auto", "native", "torch")
+CUDA_GRAPHS = ("auto", "off", "uncaptured")
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
 Settings = TypeVar("Settings", bound=msgspec.Struct)
@@ -31,8 +31,6 @@ LEAST = (
     ("pue", 1),
     ("carbon_g_per_kwh", 0),
 )
-OWN = ("device", "num_kv_blocks", "max_num_seqs", "prefill_chunk_tokens")  # what each worker may have its own
-WORKER_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
 def cache_home() -> Path:
@@ -53,39 +51,6 @@ def cuda_visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One worker of a pool whose workers differ (`[[workers]]` in TOML); None takes the engine's setting.
-
-    `power_model` is this worker's alone: `idle_w=5,busy_w=20`.
-
-    Raises `InvalidConfig` or `UnknownName`, naming the field.
-    """
-
-    role: Role
-    worker_id: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    num_kv_blocks: int | None = None
-    max_num_seqs: int | None = None
-    prefill_chunk_tokens: int | None = None
-    power_model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.device is not None:
-            check_choice("workers.device", self.device.split(":")[0], DEVICES)
-        for field in ("threads", "num_kv_blocks", "max_num_seqs"):
-            check_at_least(f"workers.{field}", getattr(self, field), 1)
-        check_chunk("workers.prefill_chunk_tokens", self.prefill_chunk_tokens)
-        if self.worker_id is not None and not WORKER_ID.fullmatch(self.worker_id):
-            raise InvalidConfig(
-                f"workers.worker_id={self.worker_id!r}: expected letters, digits, - and _, at most 32"
-            )
-        if self.power_model is not None and (":" in self.power_model or ";" in self.power_model):
-            raise InvalidConfig(
-                f"workers.power_model={self.power_model!r}: expected one worker's idle_w=…,busy_w=…"
-            )
-
-
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: its model, its workers, its transport and its limits.
 
@@ -93,7 +58,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory). `rope_scaling="yarn:4"` runs sequences 4 times as long as the model was trained for.
     `threads_per_worker=None` shares the host's cores out equally; `pin_threads` gives each worker process
     cores of its own where their threads together are as many as the usable cores (CPU only). `model_impl` is
-    what computes the layers: `native` C++ (CPU) or `torch`. `prefill_chunk_tokens=None` computes each prompt
+    what computes the layers: `native` C++ (CPU) or `torch`. `cuda_graphs`: `auto` replays dense decode steps
+    on CUDA from graphs; `off`; `uncaptured` runs the same steps without graphs, on any device, to tell a
+    fault of the one from a fault of the other. `prefill_chunk_tokens=None` computes each prompt
     whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `lease_s` is the
     longest silence of a KV writer, and `worker_timeout_s` that of a busy worker, before it is given up.
 
@@ -124,6 +91,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"
     dtype: str = "auto"
     model_impl: str = "auto"
+    cuda_graphs: str = "auto"
     attention: str | SparseAttention = "dense"
     policy: str = "least_loaded"
     max_model_len: int | None = None
@@ -163,6 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_choice("device", self.device.split(":")[0], DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("model_impl", self.model_impl, MODEL_IMPLS)
+        check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         at_least_one = ("prefill_workers", "decode_workers", "max_model_len", "num_kv_blocks", "max_num_seqs")
         for field in (*at_least_one, "threads_per_worker", "num_kv_tokens"):
             check_at_least(field, getattr(self, field), 1)
@@ -183,7 +152,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             check_whole_groups(chunks)
         _check_tiers(self)
         if self.workers is not None:
-            _check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
+            check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
 
     @classmethod
     def of(cls, **settings: Any) -> "EngineConfig":
@@ -301,14 +270,3 @@ def _check_tiers(config: EngineConfig) -> None:
             f"kv_file_bytes={config.kv_file_bytes}, kv_file_directory={config.kv_file_directory!r}: "
             "expected both or neither"
         )
-
-
-def _check_workers(workers: tuple[WorkerSettings, ...], worker_ids: list[WorkerId]) -> None:
-    roles = {settings.role for settings in workers}
-    if roles != {"colocated"} and not {"prefill", "decode"} <= roles:
-        raise InvalidConfig(f"workers: roles {sorted(roles)}: expected prefill and decode, or colocated only")
-    if "colocated" in roles and len(roles) > 1:
-        raise InvalidConfig("workers: colocated workers cannot be mixed with prefill or decode")
-    twice = sorted({worker_id for worker_id in worker_ids if worker_ids.count(worker_id) > 1})
-    if twice:
-        raise InvalidConfig(f"workers.worker_id={twice[0]!r}: two workers have it")

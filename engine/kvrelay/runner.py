@@ -3,16 +3,17 @@
 Knows sequences, pages and logits. Knows nothing about queues, sockets or time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import torch
 
 from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.store import KVStore
+from kvrelay.decode_steps import DecodeSteps, Tokens
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.native import NativeDecoder, pages_of
-from kvrelay.sampler import Row, Sampled, sample, score
+from kvrelay.sampler import Row, Sampled, is_plain, sample, score
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
 from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
@@ -25,7 +26,8 @@ class Runner:
     """Runs prefill chunks and decode batches of one model over one store.
 
     `sparse` is what requests without settings of their own get, its `dense_below_tokens` measured; None is
-    dense. `attention` says what the last forward pass read, span by span; empty without `sparse`.
+    dense. `steps`, for a dense torch decoder, runs decode over tensors in place. `attention` says what the
+    last forward pass read, span by span; empty without `sparse`.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Runner:
         store: KVStore,
         eos_token_ids: frozenset[int],
         sparse: SparseAttention | None = None,
+        steps: DecodeSteps | None = None,
     ) -> None:
         self.decoder, self.store, self.eos_token_ids = decoder, store, eos_token_ids
-        self.sparse = sparse
+        self.sparse, self.steps = sparse, steps
         self._pages = pages_of(store.pages) if isinstance(decoder, NativeDecoder) else None
         self.attention: list[AttentionUse] = []
 
@@ -82,6 +85,20 @@ class Runner:
         """One more token for each sequence, None where its logits are not finite; stores its K and V."""
         return sample(self.logits(batch), [self._row(sequence) for sequence in batch])
 
+    def runs_ahead(self, sequences: Iterable[DecodeSequence]) -> bool:
+        """Whether steps of these sequences can begin before the tokens of the one before are known."""
+        return self.steps is not None and all(is_plain(sequence.request.params) for sequence in sequences)
+
+    def launch(self, batch: Sequence[DecodeSequence]) -> Tokens:
+        """Begin what `decode` does; where `runs_ahead(batch)`, the newest tokens may be those of a step that
+        has not been waited for.
+        """
+        if self.steps is None or not self.runs_ahead(batch):
+            sampled = self.decode(batch)
+            return lambda: sampled
+        self.attention = []
+        return self.steps.launch(batch, [self._row(sequence) for sequence in batch])
+
     def sparse_of(self, request: RequestSpec) -> SparseAttention | None:
         """The request's settings, or the engine's; `"auto"` in a request is what the engine measured."""
         asked = request.params.attention
@@ -109,6 +126,9 @@ class Runner:
 
     def logits(self, batch: Sequence[DecodeSequence]) -> torch.Tensor:
         """float32 logits [B, vocab] of each sequence's newest token, whose K and V are stored."""
+        if self.steps is not None:
+            self.attention = []
+            return self.steps.logits(batch)
         tokens = [sequence.token_ids[-1] for sequence in batch]
         if isinstance(self.decoder, NativeDecoder) and self._pages is not None and self.sparse is None:
             lengths = [len(sequence.token_ids) for sequence in batch]

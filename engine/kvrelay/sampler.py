@@ -13,6 +13,7 @@ import torch
 from kvrelay.types import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+TINY = 1e-300  # stands for a temperature of 0 where what comes of it is not used
 REACHES = (10.0, 40.0, math.inf)  # in temperatures below the largest logit: e^-10 of its weight, all of it
 
 
@@ -50,6 +51,53 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
         token = best if row.params.temperature == 0 else _draw(logit, row)
         result.append((token, _logprobs(logit, row.params, token)))
     return result
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a token depends on nothing but its logits, seed and position: `choose` can take the row."""
+    return (
+        params.logprobs is None
+        and not params.logit_bias
+        and params.min_tokens == 0
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+    )
+
+
+def choose(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """The tokens of `sample` for rows that `is_plain`, computed where `logits [R, vocab]` are.
+
+    int64 [R] on their device, which the host does not wait for; -1 where there is no token to choose. Of the
+    rows' tokens only the number is read. The whole row is sorted where `sample` sorts the likeliest tokens.
+    """
+    largest, tokens = logits.max(dim=-1)
+    if any(row.params.temperature > 0 for row in rows):
+        is_drawn, drawn = _draw_all(logits - largest[:, None], rows)
+        tokens = torch.where(is_drawn, drawn, tokens)
+    return torch.where(largest.isfinite(), tokens, -1)
+
+
+def _draw_all(below: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each row is drawn, and the token, by the rules of `_draw`; the largest of `below` is 0."""
+    settings = [(*_filters(row.params), uniform(row.seed, len(row.token_ids))) for row in rows]
+    table = torch.tensor(settings, dtype=torch.float64)
+    if below.is_cuda:
+        table = table.pin_memory().to(below.device, non_blocking=True)
+    temperature, top_k, top_p, min_p, target = table[:, :, None].unbind(1)
+    values, order = below.double().div(temperature.clamp(min=TINY)).sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(values.shape[1], device=values.device)
+    weights = values.exp() * (ranks < top_k)
+    keep = weights.cumsum(dim=-1) - weights < top_p * weights.sum(dim=-1, keepdim=True)
+    keep &= (weights >= min_p * weights[:, :1]) & (weights > 0) | (ranks == 0)
+    cumulative = (weights * keep).cumsum(dim=-1)
+    index = (cumulative <= target * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    index = torch.minimum(index, keep.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # of NaN, none is kept
+    return temperature[:, 0] > 0, order.gather(1, index)[:, 0]
+
+
+def _filters(params: SamplingParams) -> tuple[float, float, float, float]:
+    top_k = float(params.top_k) if params.top_k > 0 else math.inf
+    return params.temperature, top_k, params.top_p, params.min_p
 
 
 def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from kvrelay_kernels.checks import check_int32, check_same, check_shape
 from kvrelay_kernels.errors import InvalidArgument
-from kvrelay_kernels.layout import BLOCK_SIZE, FANOUT
+from kvrelay_kernels.layout import BLOCK_SIZE, FANOUT, num_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +127,16 @@ class BlockSelection:
 
         Every listed block is partial under a causal ``mask_mod``. The lists stay ``budget`` wide, never a
         row of all blocks, so ``BlockMask.to_dense`` does not apply, and ``flex_attention`` must be compiled
-        to profit (eager, it evaluates ``mask_mod`` alone). Forward only.
+        to profit (eager, it evaluates ``mask_mod`` alone). On a CPU, whose compiled kernel wants a row of all
+        blocks, they are padded to that. Forward only.
         """
         first, last = self.cu_q_blocks[sequence : sequence + 2].tolist()
         group = num_q_heads // self.indices.shape[1]
         counts = self.counts[first:last].T.repeat_interleave(group, 0)[None]
         indices = self.indices[first:last].clamp(min=0).transpose(0, 1).repeat_interleave(group, 0)[None]
+        if not indices.is_cuda:
+            missing = num_blocks(seq_len) - indices.shape[-1]
+            indices = torch.nn.functional.pad(indices, (0, max(missing, 0)))
         offset = seq_len - q_len
 
         def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:

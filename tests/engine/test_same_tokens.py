@@ -25,6 +25,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "colocated": {"mode": "colocated"},
     "colocated-chunks-of-64": {"mode": "colocated", "prefill_chunk_tokens": 64},
     "colocated-preempted": {"mode": "colocated", "num_kv_blocks": 8},
+    "steps": {"model_impl": "torch", "cuda_graphs": "uncaptured"},
+    "steps-colocated-preempted": {
+        "model_impl": "torch",
+        "cuda_graphs": "uncaptured",
+        "mode": "colocated",
+        "num_kv_blocks": 8,
+        "max_num_seqs": 3,
+    },
     "shm": {"transport": "shm"},
     "shm-2P2D-preempted": {
         "transport": "shm",
@@ -77,7 +85,7 @@ def test_seeded_samples_are_equal_in_every_way(tiny_directory: Path) -> None:
         for index in range(len(LENGTHS))
     ]
     results = {}
-    for way in ("1P1D", "2P2D", "chunks-of-64", "preempted", "colocated", "one-at-a-time"):
+    for way in ("1P1D", "2P2D", "chunks-of-64", "preempted", "colocated", "one-at-a-time", "steps"):
         with tiny_llm(tiny_directory, **WAYS[way]) as llm:
             results[way] = [output.token_ids for output in llm.generate(prompts(*LENGTHS), params)]
     assert len({str(tokens) for tokens in results.values()}) == 1, results

@@ -4,6 +4,7 @@ Model, transport and clock are fakes; the pool, the tickets, the schedulers and 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,9 @@ class FakeRunner:
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
         self.layer_s = 0.0
+        self.is_ahead = False
+        self.fails_at = 0
+        self.launched: list[int] = []
 
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         assert chunks
@@ -106,6 +110,16 @@ class FakeRunner:
 
     def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | None]:
         return [None if sequence.token_ids[0] == 13 else (7, None) for sequence in batch]
+
+    def launch(self, batch: Sequence[DecodeSequence]) -> Callable[[], list[tuple[int, None] | None]]:
+        self.launched.append(len(batch))
+        if len(self.launched) == self.fails_at:
+            raise RuntimeError("out of memory")
+        sampled = self.decode(batch)
+        return lambda: sampled
+
+    def runs_ahead(self, sequences: Sequence[DecodeSequence]) -> bool:
+        return self.is_ahead
 
     def attention_by(self, requests: Sequence[object]) -> dict[str, AttentionUse]:
         return {}
@@ -522,6 +536,52 @@ def test_logits_that_are_not_finite_fail_their_own_request_only(bench: Bench) ->
     assert [token.request_id for token in tokens] == ["sound", "sound too"] * 4
     assert [token.finish_reason for token in tokens[-2:]] == ["length", "length"]
     assert bench.pool.num_free == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_steps_run_ahead_end_after_the_next_has_begun(bench: Bench, is_ahead: bool) -> None:
+    bench.runner.is_ahead = is_ahead
+    for name, first in (("sound", 5), ("unsound", 13)):
+        bench.decode.reserve(Reserve(request=spec(name, 1, first)))
+    counts = []
+    while bench.decode.step():
+        bench.clock.now_s += 1.0
+        counts.append([len(bench.said(StepReport)), len(bench.runner.launched)])
+        begun = bench.decode.reported_until(bench.clock.now_s)
+        assert begun == bench.clock.now_s - (1.0 if is_ahead and counts[-1][0] < counts[-1][1] else 0.0)
+    steps = [[0, 1], [1, 2], [2, 3], [3, 4], [4, 4]] if is_ahead else [[n, n] for n in (1, 2, 3, 4)]
+    assert counts == steps
+    assert bench.runner.launched == [2, 2, 1, 1] if is_ahead else [2, 1, 1, 1]
+    (failure,) = bench.said(AttemptFailed)
+    assert (failure.request_id, failure.error) == ("unsound", "ModelError")
+    tokens = [token for step in bench.said(StepReport) for token in step.tokens]
+    assert [(token.request_id, token.token_id) for token in tokens] == [("sound", 7)] * 4
+    assert [token.finish_reason for token in tokens] == [None, None, None, "length"]
+    times = [(step.start_s, step.end_s) for step in bench.said(StepReport)]
+    assert all(before[1] <= after[0] for before, after in pairwise(times))
+    assert bench.pool.num_free == NUM_BLOCKS
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("event", ["abort", "failure"])
+def test_a_step_under_way_gives_nothing_to_sequences_that_are_gone(bench: Bench, event: str) -> None:
+    bench.runner.is_ahead = True
+    for name in ("stays", "goes"):
+        bench.decode.reserve(Reserve(request=spec(name, 1)))
+    bench.decode.step()
+    if event == "abort":
+        bench.decode.abort(Abort(request_id=RequestId("goes"), attempt=1))
+    else:
+        bench.runner.fails_at = 2
+    while bench.decode.step():
+        pass
+    tokens = [token.request_id for step in bench.said(StepReport) for token in step.tokens]
+    assert tokens == (["stays"] * 4 if event == "abort" else [])
+    assert [m.request_id for m in bench.said(AttemptFailed)] == (
+        [] if event == "abort" else ["stays", "goes"]
+    )
+    assert bench.pool.num_free == NUM_BLOCKS
+    bench.pool.check()
 
 
 def test_nothing_that_began_before_reported_until_goes_unreported(bench: Bench) -> None:

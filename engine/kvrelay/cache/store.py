@@ -24,6 +24,9 @@ class KVStore:
 
     With `keeps_stats`, statistics of every block's keys lie beside the pages, under the same ids: written
     when a block is full, they move, are shared and are freed with it. They add 4 % to a block's bytes.
+
+    With `has_spare_page`, `pages` are never the landing and end with a page that is no block: for rows of a
+    batch that are no sequence's.
     """
 
     def __init__(
@@ -34,14 +37,16 @@ class KVStore:
         device: torch.device,
         *,
         keeps_stats: bool = False,
+        has_spare_page: bool = False,
     ) -> None:
         self.layout, self.num_blocks, self.device = layout, num_blocks, device
         self.landing = view_pages(layout, num_blocks, buffer)
         self.pages = self.landing
         if device.type == "cuda":
             pin(self.landing)
-        if device.type != "cpu":
-            self.pages = torch.zeros_like(self.landing, device=device)
+        if device.type != "cpu" or has_spare_page:
+            shape = (*self.landing.shape[:2], num_blocks + has_spare_page, *self.landing.shape[3:])
+            self.pages = torch.zeros(shape, dtype=self.landing.dtype, device=device)
         layers = range(layout.num_layers if keeps_stats else 0)
         self._stats = [KVBlockStats.empty(self.pages[layer, 0]) for layer in layers]
 

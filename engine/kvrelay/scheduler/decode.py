@@ -11,6 +11,8 @@ from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
 from kvrelay.types import BLOCK_SIZE, FinishReason, RequestId, RequestSpec, num_blocks
 
+PENDING = -1  # stands for a token that a step computes and the host does not know yet
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
@@ -32,7 +34,10 @@ class Admission:
 
 @dataclass(slots=True, eq=False)
 class DecodeSequence:
-    """A request whose prompt KV is in this worker's pages; `token_ids` grows by one each step."""
+    """A request whose prompt KV is in this worker's pages; `token_ids` grows by one each step.
+
+    The newest may be `PENDING`: the step that computes it is under way.
+    """
 
     request: RequestSpec
     block_ids: list[int]
@@ -87,7 +92,8 @@ class DecodeScheduler:
         """The next batch and the sequences preempted to make room for it, both by rank.
 
         A sequence that needs a block when none is free takes those of the last in rank; the last of all
-        is left out of the batch when it finds none (open tickets will become younger ones).
+        is left out of the batch when it finds none (open tickets will become younger ones). So is one whose
+        newest token, pending or not, is the last it may have.
         """
         batch: list[DecodeSequence] = []
         preempted: list[DecodeSequence] = []
@@ -95,6 +101,8 @@ class DecodeScheduler:
         while position < len(self.running) and len(batch) < self._max_num_seqs:
             sequence = self.running[position]
             position += 1
+            if self._is_full(sequence):
+                continue
             while not self._grow(sequence) and self.running[-1] is not sequence:
                 victim = self.running[-1]
                 self.remove(victim)
@@ -106,15 +114,12 @@ class DecodeScheduler:
     def finish_reason(self, sequence: DecodeSequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends after its newest token; None when it goes on."""
         params, token = sequence.request.params, sequence.token_ids[-1]
-        num_output = len(sequence.token_ids) - sequence.request.num_prompt_tokens
-        if num_output >= params.min_tokens:
+        if len(sequence.token_ids) - sequence.request.num_prompt_tokens >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop"
             if token in eos_token_ids and not params.ignore_eos:
                 return "stop"
-        if num_output >= params.max_tokens or len(sequence.token_ids) >= sequence.request.max_total_tokens:
-            return "length"
-        return None
+        return "length" if self._is_full(sequence) else None
 
     def remove(self, sequence: DecodeSequence, *, is_sound: bool = True) -> None:
         """Forget a running sequence and free its blocks; those that are full and `is_sound` can be found."""
@@ -134,6 +139,11 @@ class DecodeScheduler:
                 self.remove(sequence)
                 return sequence
         return None
+
+    def _is_full(self, sequence: DecodeSequence) -> bool:
+        request, num_tokens = sequence.request, len(sequence.token_ids)
+        most = min(request.num_prompt_tokens + request.params.max_tokens, request.max_total_tokens)
+        return num_tokens >= most
 
     def _grow(self, sequence: DecodeSequence) -> bool:
         missing = num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)

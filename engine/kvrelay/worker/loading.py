@@ -5,6 +5,7 @@ Decides what `auto` means here: the device, the dtype, the size of the pool.
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,11 @@ from kvrelay.attention.crossover import measured
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.store import DTYPES, KVStore, stats_bytes
 from kvrelay.config import EngineConfig, WorkerConfig
+from kvrelay.decode_steps import DecodeSteps
 from kvrelay.errors import InvalidConfig
+from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
+from kvrelay.models.native import NativeDecoder
 from kvrelay.models.spec import ModelSpec
 from kvrelay.runner import Runner
 from kvrelay.transport import open_transport
@@ -56,12 +60,16 @@ def load_parts(
         head_dim=spec.head_dim,
     )
     count = size_pool(config.engine, layout, spec, device, config.num_workers)
+    has_steps = has_decode_steps(config.engine, decoder)
     site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
     transport = open_transport(config.engine.transport, site)
     try:
         buffer = transport.allocate(count * layout.block_bytes)
         sparse = config.engine.sparse()
-        store = KVStore(layout, count, buffer, device, keeps_stats=sparse is not None)
+        store = KVStore(
+            layout, count, buffer, device, keeps_stats=sparse is not None, has_spare_page=has_steps
+        )
+        steps = open_steps(config, decoder, store, spec) if has_steps else None
         descriptor = transport.register(store)
         counters: Counter[str] = Counter()
         pool = BlockPool(count, open_backing(config, store, counters))
@@ -73,13 +81,41 @@ def load_parts(
         pool=pool,
         store=store,
         runner=Runner(
-            decoder, store, frozenset(spec.eos_token_ids), measured(sparse, spec.num_q_heads, store)
+            decoder, store, frozenset(spec.eos_token_ids), measured(sparse, spec.num_q_heads, store), steps
         ),
         transport=transport,
         send=send,
         counters=counters,
     )
     return parts, descriptor
+
+
+def has_decode_steps(engine: EngineConfig, decoder: Decoder | NativeDecoder) -> bool:
+    """Whether decode runs as `DecodeSteps`. Raises `InvalidConfig` where that was asked for and cannot be."""
+    if engine.cuda_graphs != "uncaptured":
+        return engine.cuda_graphs == "auto" and decoder.device.type == "cuda" and engine.sparse() is None
+    if isinstance(decoder, NativeDecoder):
+        raise InvalidConfig("cuda_graphs='uncaptured': expected model_impl='torch'; here it is native")
+    if engine.sparse() is not None:
+        raise InvalidConfig(f"cuda_graphs='uncaptured': expected dense attention, not {engine.attention!r}")
+    return True
+
+
+def open_steps(
+    config: WorkerConfig, decoder: Decoder | NativeDecoder, store: KVStore, spec: ModelSpec
+) -> DecodeSteps:
+    """Decode steps for this worker's batches, captured where they are to be; says how long that took."""
+    assert isinstance(decoder, Decoder)
+    max_blocks = min(store.num_blocks, num_blocks(spec.max_position_embeddings))
+    steps = DecodeSteps(decoder, store, config.engine.max_num_seqs, max_blocks)
+    if store.device.type == "cuda" and config.engine.cuda_graphs == "auto":
+        took_s = steps.capture()
+        print(
+            f"{config.worker_id}: CUDA graphs of {len(steps.sizes)} batch sizes up to {steps.sizes[-1]} "
+            f"captured in {took_s:.1f} s",
+            file=sys.stderr,
+        )
+    return steps
 
 
 def choose_device(asked: str, index: int) -> torch.device:

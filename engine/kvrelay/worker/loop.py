@@ -117,7 +117,7 @@ class Worker:
         self._parts.send(
             Heartbeat(
                 worker_id=self._parts.config.worker_id,
-                at_s=self.prefill.reported_until(now_s),
+                at_s=min(self.prefill.reported_until(now_s), self.decode.reported_until(now_s)),
                 num_free_blocks=pool.num_free,
                 num_blocks=pool.num_blocks,
                 num_running=len(self.decode.scheduler.running),
