@@ -28,17 +28,22 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     once where selection starts to pay on this machine. `decode_budget_tokens=None` is the same budget for
     generated tokens. `top_p` stops earlier, once the blocks taken hold that share of the estimated attention.
 
+    Lists are shared by the heads of a KV group, and the queries of a block rank candidates by two of its 64.
+    With `exact`, each query head has a list of its own and every query ranks: the same number of keys comes
+    closer to dense, and choosing them costs about what reading `budget_tokens` does.
+
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
 
     selector: str = "tree"
     budget_tokens: int = 4096
     sink_blocks: int = 1
-    local_blocks: int = 8
-    dense_layers: tuple[int, ...] = (0, 1)
+    local_blocks: int = 2
+    dense_layers: tuple[int, ...] = ()
     dense_below_tokens: int | Literal["auto"] = "auto"
     decode_budget_tokens: int | None = None
     top_p: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -74,7 +79,10 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class AttentionUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What attention read, counted over layers and KV heads: rows, pairs read, pairs a dense pass reads."""
+    """What attention read, counted over layers and KV heads: rows, pairs read, pairs a dense pass reads.
+
+    Where the query heads of a group have lists of their own, their mean counts, rounded down.
+    """
 
     num_queries: int = 0
     attended_pairs: int = 0
@@ -148,6 +156,8 @@ def _check_kinds(sparse: SparseAttention) -> None:
             raise InvalidConfig(f"{field}={value!r}: expected an integer")
     if sparse.top_p is not None and not isinstance(sparse.top_p, int | float):
         raise InvalidConfig(f"top_p={sparse.top_p!r}: expected a number or None")
+    if not isinstance(sparse.exact, bool):
+        raise InvalidConfig(f"exact={sparse.exact!r}: expected true or false")
 
 
 def _is_budget(tokens: int, forced: int) -> bool:

@@ -73,21 +73,24 @@ def dense(start: int, end: int) -> torch.Tensor:
     return sequence.outs[-1]
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("selector", ["tree", "quest", "mean_pool", "two_stage"])
-def test_chunks_of_whole_groups_equal_the_whole_prompt(selector: str) -> None:
-    chosen = msgspec.structs.replace(SMALL, selector=selector)
+def test_chunks_of_whole_groups_equal_the_whole_prompt(selector: str, exact: bool) -> None:
+    chosen = msgspec.structs.replace(SMALL, selector=selector, exact=exact)
     whole = Sequence_(chosen).attend(PROMPT)
     chunked = Sequence_(chosen).attend(256, 512, PROMPT - 768)
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(whole, dense(0, PROMPT), atol=1e-3), "the budget was meant to leave keys out"
 
 
-def test_rows_after_the_prompt_equal_those_of_decode() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_rows_after_the_prompt_equal_those_of_decode(exact: bool) -> None:
     """A request that starts again recomputes generated tokens in chunks, and must find the same keys."""
-    one_by_one = Sequence_().attend(PROMPT, *[1] * (TOTAL - PROMPT))
-    again = Sequence_()
+    chosen = msgspec.structs.replace(SMALL, exact=exact)
+    one_by_one = Sequence_(chosen).attend(PROMPT, *[1] * (TOTAL - PROMPT))
+    again = Sequence_(chosen)
     torch.testing.assert_close(again.attend(768, TOTAL - 768), one_by_one, atol=1e-5, rtol=1e-5)
-    as_prompt = Sequence_().attend(768, TOTAL - 768, prompt_end=TOTAL)
+    as_prompt = Sequence_(chosen).attend(768, TOTAL - 768, prompt_end=TOTAL)
     assert not torch.allclose(as_prompt[PROMPT:], one_by_one[PROMPT:], atol=1e-3)
 
 
@@ -127,6 +130,52 @@ def test_pairs_are_counted_as_they_are_read() -> None:
         read += position + 1 if position < 256 else own + (listed - 1) * BLOCK_SIZE
     expected = AttentionUse((PROMPT + 2) * KV_HEADS, read * KV_HEADS, causal * KV_HEADS)
     assert sequence.use == expected
+
+
+def by_hand(sequence: Sequence_, first: int, listed: dict[int, list[int]]) -> torch.Tensor:
+    """Rows from `first` on, each query head over its own blocks, causal: `[rows, Q_HEADS, HEAD_DIM]`."""
+    rows = torch.arange(first, sequence.done)
+    out = torch.empty(len(rows), Q_HEADS, HEAD_DIM)
+    for head, blocks in listed.items():
+        slots = torch.cat([torch.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in blocks])
+        slots = slots[slots < sequence.done]
+        kv_head = head // (Q_HEADS // KV_HEADS)
+        scores = sequence.q[rows, head] @ sequence.k[slots, kv_head].T / math.sqrt(HEAD_DIM)
+        scores = scores.masked_fill(slots[None] > rows[:, None], -torch.inf)
+        out[:, head] = scores.softmax(-1) @ sequence.v[slots, kv_head]
+    return out
+
+
+def exact_lists(sequence: Sequence_, first: int, distant: int) -> dict[int, list[int]]:
+    """Sink, own and the `distant` blocks that hold most of each head's mean attention over all rows."""
+    rows, own = torch.arange(first, sequence.done), first // BLOCK_SIZE
+    found = {}
+    for head in range(Q_HEADS):
+        keys = sequence.k[: sequence.done, head // (Q_HEADS // KV_HEADS)]
+        scores = sequence.q[rows, head] @ keys.T / math.sqrt(HEAD_DIM)
+        scores = scores.masked_fill(torch.arange(sequence.done)[None] > rows[:, None], -torch.inf)
+        mass = scores.softmax(-1).mean(0).split(BLOCK_SIZE)
+        ranked = sorted(range(1, own), key=lambda block, mass=mass: -mass[block].sum())
+        found[head] = [0, *ranked[:distant], own]
+    return found
+
+
+def test_exact_gives_each_query_head_the_blocks_that_all_its_queries_attend_to_most() -> None:
+    sequence = Sequence_(msgspec.structs.replace(SMALL, exact=True))
+    sequence.attend(512, 64)  # seven blocks to choose from: all are candidates
+    listed = exact_lists(sequence, 512, distant=2)
+    assert len({tuple(sorted(blocks)) for blocks in listed.values()}) > KV_HEADS, "heads were to differ"
+    torch.testing.assert_close(sequence.outs[-1], by_hand(sequence, 512, listed), atol=1e-5, rtol=1e-5)
+    sequence.attend(1, prompt_end=576)
+    listed = exact_lists(sequence, 576, distant=2)
+    torch.testing.assert_close(sequence.outs[-1], by_hand(sequence, 576, listed), atol=1e-5, rtol=1e-5)
+
+
+def test_exact_lists_count_once_per_kv_head() -> None:
+    shared, own = Sequence_(), Sequence_(msgspec.structs.replace(SMALL, exact=True))
+    shared.attend(PROMPT, 1, 1)
+    own.attend(PROMPT, 1, 1)
+    assert own.use == shared.use, "lists of one length, whoever shares them"
 
 
 def test_mixed_settings_in_one_batch_do_not_disturb_each_other() -> None:

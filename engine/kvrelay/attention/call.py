@@ -4,6 +4,7 @@ Knows tables and kernels. Knows nothing of where a batch was cut into kinds.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,13 +40,14 @@ def dense_backend(like: torch.Tensor) -> str:
 def selection_config(sparse: SparseAttention, *, one_by_one: bool) -> SelectionConfig:
     """The kernel library's settings: counts in blocks."""
     budget = sparse.decode_budget_tokens if one_by_one else None
-    return SelectionConfig(
+    config = SelectionConfig(
         budget=(budget or sparse.budget_tokens) // BLOCK_SIZE,
         selector=sparse.selector,
         sink_blocks=sparse.sink_blocks,
         local_blocks=sparse.local_blocks,
         top_p=sparse.top_p,
     )
+    return replace(config, sampled_queries=BLOCK_SIZE) if sparse.exact else config
 
 
 class Call:
@@ -66,6 +68,7 @@ class Call:
         self._gathered = self._gather(tables, ends) if dense_backend(like) == "sdpa" else None
         self._counts: torch.Tensor | None = None
         self._num_sparse_layers = 0
+        self._lists_per_head = 1
 
     def __call__(
         self,
@@ -96,7 +99,8 @@ class Call:
                 own_lists = self._num_sparse_layers * num_kv_heads
                 attended = causal * (num_layers - self._num_sparse_layers)
                 for count, (num_rows, _, own) in zip(counts[slot : slot + len(blocks)], blocks, strict=True):
-                    attended += (count - own_lists) * BLOCK_SIZE * num_rows + own_lists * own
+                    distant = count // self._lists_per_head - own_lists
+                    attended += distant * BLOCK_SIZE * num_rows + own_lists * own
             slot += len(blocks)
             found.append(AttentionUse(rows * num_layers, attended, causal * num_layers))
         return found
@@ -108,6 +112,19 @@ class Call:
         return GatheredPrefill(list(zip(starts, ends, tables, strict=True)))
 
     def _attend_selected(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
+        """One list per KV head; with `exact` one per query head: the heads of a group go one after the other."""
+        assert self._sparse is not None
+        self._lists_per_head = q.shape[1] // kv.num_kv_heads if self._sparse.exact else 1
+        self._num_sparse_layers += 1
+        if self._lists_per_head == 1:
+            return self._attend_lists(q, kv, stats)
+        out = torch.empty_like(q)
+        for member in range(self._lists_per_head):
+            heads = slice(member, None, self._lists_per_head)
+            out[:, heads] = self._attend_lists(q[:, heads], kv, stats)
+        return out
+
+    def _attend_lists(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
         assert self._sparse is not None
         config = selection_config(self._sparse, one_by_one=self._one_by_one)
         bounds = None if self._one_by_one else self._bounds
@@ -118,7 +135,6 @@ class Call:
         return block_sparse_prefill(q, kv, self._bounds, chosen)[0]
 
     def _count(self, chosen: BlockSelection) -> None:
-        self._num_sparse_layers += 1
         if self._counts is None:
             self._counts = torch.zeros_like(chosen.counts)
         self._counts += chosen.counts
