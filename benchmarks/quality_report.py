@@ -1,5 +1,6 @@
-"""Cells of the quality benchmark to one table, one record and one heat map: what all settings have."""
+"""Cells of the quality benchmark to one table, record and heat map, each beside dense on the same cells."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,9 +9,21 @@ from typing import Any, Protocol
 
 from kvrelay.sparse import AttentionUse
 from quality_tasks import DEPTHS, RULER
-from record import RESULTS, write_record
+from record import write_record
 
-COLUMNS = ("needle", "ruler", "ppl_ratio", "top1", "kl", "greedy_match", "share_of_pairs")
+COLUMNS = (
+    "top1",
+    "kl",
+    "ppl_ratio",
+    "greedy_match",
+    "tokens_per_query",
+    "share_of_pairs",
+    "needle",
+    "needle_of_dense",
+    "ruler",
+    "ruler_of_dense",
+)
+HEAT_MAP = Path(__file__).parents[1] / "docs" / "quality-needles.png"
 Key = tuple[str, int, int]  # part, length, seed
 
 
@@ -35,8 +48,8 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
     print(" | ".join(["settings", *COLUMNS]))
     for name, row in rows.items():
         print(" | ".join([name, *(_shown(row[column]) for column in COLUMNS)]))
-    needles = {name: _needles(_shared(by_settings, "needle"), by_settings[name]) for name in rows}
-    heat_map(needles, RESULTS / "quality-needles.png")
+    needles = {name: _needles(by_settings[name]) for name in rows}
+    heat_map(needles, HEAT_MAP)
     write_record(
         "quality",
         settings=settings,
@@ -44,13 +57,12 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
         results={
             "table": rows,
             "needles_by_length_and_depth": needles,
-            "ruler_by_task_and_length": {name: _ruler(by_settings, name) for name in rows},
-            "num_samples": _num_samples(by_settings),
+            "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in rows},
         },
     )
 
 
-def heat_map(needles: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+def heat_map(needles: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """Share of needles found, one panel per settings: context length across, depth down."""
     from matplotlib import pyplot
 
@@ -58,7 +70,7 @@ def heat_map(needles: dict[str, dict[str, dict[str, float]]], path: Path) -> Non
     if not panels:
         return
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(2.1 * len(panels), 3.6), squeeze=False, sharey=True
+        1, len(panels), figsize=(1.8 * len(panels) + 0.6, 3.4), squeeze=False, sharey=True
     )
     for axis, (name, found) in zip(axes[0], panels.items(), strict=True):
         lengths = sorted(found, key=int)
@@ -75,60 +87,59 @@ def heat_map(needles: dict[str, dict[str, dict[str, float]]], path: Path) -> Non
     pyplot.close(figure)
 
 
-def _row(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, float | None]:
-    """Means over the cells that every settings (of those that run the part) has."""
+def _row(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, Any]:
+    """Means over the cells that these settings and dense have, and how many samples those hold."""
     own, dense = by_settings[name], by_settings.get("dense", {})
-    needles = [fmean(own[key].scores.values()) for key in _shared(by_settings, "needle")]
-    texts = [key for key in _shared(by_settings, "text") if key in own]
-    ruler = [fmean(own[key].scores.values()) for key in _shared_ruler(by_settings) if key in own]
-    ratios = [2.718281828459045 ** (own[k].scores["nll"] - dense[k].scores["nll"]) for k in texts]
-    return {
-        "needle": _mean(needles),
-        "ruler": _mean(ruler) if len(ruler) == len(_shared_ruler(by_settings)) else None,
-        "ppl_ratio": _mean(ratios),
+    shared = sorted(own.keys() & dense.keys())
+    texts = [key for key in shared if key[0] == "text"]
+    ratios = [math.exp(own[key].scores["nll"] - dense[key].scores["nll"]) for key in texts]
+    row: dict[str, Any] = {
+        "texts": len(texts),
         "top1": _mean(own[key].scores["top1"] for key in texts),
         "kl": _mean(own[key].scores["kl"] for key in texts),
+        "ppl_ratio": _mean(ratios),
         "greedy_match": _mean(_match(own[key].continued, dense[key].continued) for key in texts),
+        "tokens_per_query": _mean(own[key].use.attended_tokens_per_query for key in texts),
         "share_of_pairs": _mean(own[key].use.share_of_pairs for key in texts),
     }
+    for part, tasks in (("needle", ("needle",)), ("ruler", RULER)):
+        keys = [key for key in shared if key[0] in tasks]
+        row |= {
+            part: _mean(fmean(own[key].scores.values()) for key in keys),
+            f"{part}_of_dense": _mean(fmean(dense[key].scores.values()) for key in keys),
+            f"num_{part}_questions": sum(len(own[key].scores) for key in keys),
+            f"{part}_standard_error": _standard_error([s for key in keys for s in own[key].scores.values()]),
+        }
+    return row
 
 
-def _shared(by_settings: dict[str, dict[Key, Any]], part: str) -> list[Key]:
-    """Cells of a part that all settings have."""
-    sets = [{key for key in cells if key[0] == part} for cells in by_settings.values()]
-    return sorted(set.intersection(*sets)) if sets else []
+def _standard_error(scores: Sequence[float]) -> float | None:
+    """Of the mean of independent scores from 0 to 1, as if each were a coin's (the binomial error)."""
+    if not scores:
+        return None
+    share = fmean(scores)
+    return math.sqrt(share * (1 - share) / len(scores))
 
 
-def _shared_ruler(by_settings: dict[str, dict[Key, Any]]) -> list[Key]:
-    sets = [{key for key in cells if key[0] in RULER} for cells in by_settings.values()]
-    return sorted(set.intersection(*(found for found in sets if found))) if any(sets) else []
-
-
-def _needles(keys: Iterable[Key], own: dict[Key, Any]) -> dict[str, dict[str, float]]:
-    """Share found by length, then depth."""
+def _needles(own: dict[Key, Any]) -> dict[str, dict[str, Any]]:
+    """By length: share found at each depth, and of how many asked there."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for key in keys:
+    for key in sorted(key for key in own if key[0] == "needle"):
         for depth, hit in own[key].scores.items():
             found[str(key[1])][depth].append(hit)
-    return {n: {depth: fmean(hits) for depth, hits in depths.items()} for n, depths in found.items()}
-
-
-def _ruler(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, float]:
-    found: dict[str, list[float]] = defaultdict(list)
-    for key in _shared_ruler(by_settings):
-        if key in by_settings[name]:
-            found[f"{key[0]} {key[1]}"].append(fmean(by_settings[name][key].scores.values()))
-    return {label: fmean(values) for label, values in found.items()}
-
-
-def _num_samples(by_settings: dict[str, dict[Key, Any]]) -> dict[str, int]:
-    """Questions, tokens or texts behind a row."""
-    dense = by_settings.get("dense", {})
     return {
-        "needles": sum(len(dense[key].scores) for key in _shared(by_settings, "needle")),
-        "ruler_questions": sum(len(dense[key].scores) for key in _shared_ruler(by_settings)),
-        "texts": len(_shared(by_settings, "text")),
+        length: {"asked_per_depth": len(next(iter(depths.values())))}
+        | {depth: fmean(hits) for depth, hits in depths.items()}
+        for length, depths in found.items()
     }
+
+
+def _ruler(own: dict[Key, Any]) -> dict[str, dict[str, float]]:
+    """By task and length: the mean score and how many questions."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for key in sorted(key for key in own if key[0] in RULER):
+        found[f"{key[0]} {key[1]}"] += own[key].scores.values()
+    return {label: {"score": fmean(values), "questions": len(values)} for label, values in found.items()}
 
 
 def _match(mine: Sequence[int], theirs: Sequence[int]) -> int:

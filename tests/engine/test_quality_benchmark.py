@@ -60,10 +60,10 @@ def cell(part: str, settings: str, length: int, seed: int, **scores: float) -> A
     )
 
 
-def test_rows_compare_only_what_every_setting_has() -> None:
+def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
     cells = [
-        cell("needle", "dense", 1024, 0, a=1.0),
-        cell("needle", "sparse", 1024, 0, a=0.0),
+        cell("needle", "dense", 1024, 0, a=1.0, b=1.0),
+        cell("needle", "sparse", 1024, 0, a=0.0, b=1.0),
         cell("needle", "dense", 2048, 0, a=0.5),  # sparse has not got that far
         cell("text", "dense", 6144, 0, nll=2.0, top1=1.0, kl=0.0),
         cell("text", "sparse", 6144, 0, nll=2.1, top1=0.9, kl=0.1),
@@ -73,10 +73,17 @@ def test_rows_compare_only_what_every_setting_has() -> None:
     for one in cells:
         grouped.setdefault(one.settings, {})[one.part, one.length, one.seed] = one
     dense, sparse = (quality_report._row(grouped, name) for name in ("dense", "sparse"))
-    assert (dense["needle"], sparse["needle"]) == (1.0, 0.0)
-    assert (dense["ruler"], sparse["ruler"]) == (1.0, None)
+    assert (dense["needle"], dense["num_needle_questions"]) == (0.75, 3)
+    assert (sparse["needle"], sparse["needle_of_dense"], sparse["num_needle_questions"]) == (0.5, 1.0, 2)
+    assert sparse["needle_standard_error"] == pytest.approx((0.25 / 2) ** 0.5)
+    assert (dense["ruler"], sparse["ruler"], sparse["ruler_standard_error"]) == (1.0, None, None)
     assert sparse["ppl_ratio"] == pytest.approx(1.10517, abs=1e-4)
-    assert (sparse["greedy_match"], sparse["share_of_pairs"]) == (2, 0.25)
+    assert (sparse["greedy_match"], sparse["share_of_pairs"], sparse["tokens_per_query"]) == (2, 0.25, 1.0)
+    assert quality_report._needles(grouped["dense"]) == {
+        "1024": {"asked_per_depth": 1, "a": 1.0, "b": 1.0},
+        "2048": {"asked_per_depth": 1, "a": 0.5},
+    }
+    assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
 
 
 def test_a_prefill_is_the_integral_of_its_chunks() -> None:

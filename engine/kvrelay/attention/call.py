@@ -112,7 +112,7 @@ class Call:
         return GatheredPrefill(list(zip(starts, ends, tables, strict=True)))
 
     def _attend_selected(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
-        """One list per KV head; with `exact` one per query head: the heads of a group go one after the other."""
+        """One list per KV head; with `exact` one per query head: a group's heads go one after the other."""
         assert self._sparse is not None
         self._lists_per_head = q.shape[1] // kv.num_kv_heads if self._sparse.exact else 1
         self._num_sparse_layers += 1
