@@ -37,6 +37,7 @@ TORCH_FREE = [
         "cache.tickets",
         "cache.prefix",
         "cache.tiers",
+        "cache.file_tier",
         "scheduler",
         "router",
         "transport",

@@ -1,5 +1,6 @@
 """KV that outlives its pages: bounded tiers, files whole or missing, the same tokens."""
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay import LLM, EngineConfig, SparseAttention
+from kvrelay.cache import file_tier
+from kvrelay.cache.file_tier import DIGEST_BYTES, MAGIC, FileTier
 from kvrelay.cache.pool import BlockPool
-from kvrelay.cache.tiers import DIGEST_BYTES, MAGIC, Content, FileTier, HostTier, Tiers
+from kvrelay.cache.tiers import Content, HostTier, Tiers
 from kvrelay.errors import InvalidConfig
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
@@ -38,9 +41,12 @@ def test_the_host_tier_keeps_the_last_used_and_hands_on_the_others() -> None:
 def test_files_are_found_again_by_the_next_process(tmp_path: Path) -> None:
     tier = FileTier(tmp_path / "kv", 10_000)
     tier.put(NAMES[0], content(7))
+    assert tier.wait(5.0)
+    tier.close()
     (tmp_path / "kv" / "left.partial").write_bytes(b"half")
     (tmp_path / "kv" / "foreign.kvblock").write_bytes(b"not one of ours")
     again = FileTier(tmp_path / "kv", 10_000)
+    assert list(again) == [NAMES[0]]
     assert again.get(NAMES[0]) == content(7)
     assert again.get(NAMES[1]) is None
     assert again.num_bytes == HEADER + 100
@@ -52,6 +58,7 @@ def test_a_damaged_file_is_missing_and_deleted(tmp_path: Path, damage: str) -> N
     tier = FileTier(tmp_path, 10_000)
     tier.put(NAMES[0], content(0))
     tier.put(NAMES[1], content(1))
+    assert tier.wait(5.0)
     path = tmp_path / f"{NAMES[0].hex()}.kvblock"
     data = bytearray(path.read_bytes())
     match damage:
@@ -73,19 +80,75 @@ def test_a_damaged_file_is_missing_and_deleted(tmp_path: Path, damage: str) -> N
     assert tier.get(NAMES[0]) is None
     assert tier.get(NAMES[0]) is None
     assert not path.exists()
+    assert NAMES[0] not in tier
     assert tier.get(NAMES[1]) == content(1)
+    tier.close()
 
 
 def test_the_file_tier_stays_within_its_bytes(tmp_path: Path) -> None:
     limit = 3 * (HEADER + 100)
     tier = FileTier(tmp_path, limit)
     for index in range(6):
-        tier.put(NAMES[index], content(index))
+        assert tier.put(NAMES[index], content(index)) == ([(NAMES[index - 3], b"")] if index > 2 else [])
+        assert tier.wait(5.0)
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) == tier.num_bytes <= limit
     assert [tier.get(name) is not None for name in NAMES[:6]] == [False] * 3 + [True] * 3
-    tier.put(NAMES[6], content(6, 10_000))
+    assert tier.put(NAMES[6], content(6, 10_000)) == [(NAMES[6], content(6, 10_000))]
     assert tier.get(NAMES[6]) is None
-    assert FileTier(tmp_path, limit // 3).num_bytes == limit // 3, "a smaller limit shrinks what is there"
+    smaller = FileTier(tmp_path, limit // 3)
+    assert smaller.num_bytes == limit // 3, "a smaller limit shrinks what is there"
+    assert smaller.wait(5.0)
+    assert [path.stem for path in tmp_path.iterdir()] == [NAMES[5].hex()]
+
+
+def test_a_block_is_found_before_it_is_written_and_a_slow_disk_costs_blocks_not_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, is_writing = threading.Event(), threading.Event()
+    write = file_tier._write
+
+    def slow(*arguments: Any) -> None:
+        is_writing.set()
+        may_write.wait(10.0)
+        write(*arguments)
+
+    monkeypatch.setattr(file_tier, "_write", slow)
+    monkeypatch.setattr(file_tier, "MAX_UNWRITTEN_BYTES", 250)
+    tier = FileTier(tmp_path, 10_000)
+    assert tier.put(NAMES[0], content(0)) == []
+    assert is_writing.wait(5.0)
+    assert tier.put(NAMES[1], content(1)) == []
+    assert tier.put(NAMES[2], content(2)) == [(NAMES[2], content(2))]
+    assert [tier.get(name) for name in NAMES[:3]] == [content(0), content(1), None]
+    assert not tier.wait(0.01)
+    assert not list(tmp_path.glob("*.kvblock"))
+    may_write.set()
+    assert tier.wait(5.0)
+    assert tier.put(NAMES[2], content(2)) == []
+    assert tier.wait(5.0)
+    assert len(list(tmp_path.glob("*.kvblock"))) == 3
+    tier.close()
+
+
+def test_a_block_dropped_before_it_was_written_leaves_no_file(tmp_path: Path) -> None:
+    tier = FileTier(tmp_path, HEADER + 100)
+    for _ in range(20):
+        for index in range(4):
+            tier.put(NAMES[index], content(index))
+    assert tier.wait(5.0)
+    assert [path.stem for path in tmp_path.iterdir()] == [NAMES[3].hex()]
+    assert tier.get(NAMES[3]) == content(3)
+    tier.close()
+
+
+def test_a_directory_that_fills_up_or_goes_costs_blocks_only(tmp_path: Path) -> None:
+    tier = FileTier(tmp_path / "kv", 10_000)
+    (tmp_path / "kv").rmdir()
+    tier.put(NAMES[0], content(0))
+    assert tier.wait(5.0)
+    assert NAMES[0] not in tier
+    assert tier.get(NAMES[0]) is None
+    tier.close()
 
 
 def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None:
@@ -105,6 +168,20 @@ def test_what_host_memory_drops_goes_to_files_and_a_run_ends_where_one_is_missin
     assert tiers.get(NAMES[:2], 99) == [], "contents of another size are not ours"
 
 
+def test_names_are_lost_with_their_last_copy(tmp_path: Path) -> None:
+    tiers = Tiers([HostTier(200), FileTier(tmp_path, 2 * (HEADER + 100))], Counter())
+    lost = [tiers.put(NAMES[index], content(index)) for index in range(6)]
+    assert lost == [[], [], [], [], [NAMES[0]], [NAMES[1]]]
+    assert tiers.names() == set(NAMES[2:6])
+    assert list(tiers.settle()) == NAMES[4:6]
+    assert tiers.names() == set(NAMES[4:6])
+    assert Tiers([HostTier(50)], Counter()).put(NAMES[0], content(0)) == [NAMES[0]]
+
+
+def pool_names(pool: BlockPool) -> set[bytes]:
+    return set(pool._holders)
+
+
 class Memory:
     """A backing over a list of cells, with real tiers."""
 
@@ -112,8 +189,11 @@ class Memory:
         self.cells: list[bytes] = [b"rubbish"] * num_blocks
         self.tiers = Tiers([HostTier(max_bytes)], Counter())
 
-    def save(self, name: bytes, block: int) -> None:
-        self.tiers.put(name, self.cells[block])
+    def save(self, name: bytes, block: int) -> list[bytes]:
+        return self.tiers.put(name, self.cells[block])
+
+    def names(self) -> set[bytes]:
+        return self.tiers.names()
 
     def fetch(self, names: Any) -> list[Content]:
         return self.tiers.get(names, 16)
@@ -121,6 +201,10 @@ class Memory:
     def fill(self, blocks: Any, contents: Any) -> None:
         for block, data in zip(blocks[len(blocks) - len(contents) :], contents, strict=True):
             self.cells[block] = bytes(data)
+
+    def close(self, held: Any) -> None:
+        for name, block in held:
+            self.save(name, block)
 
 
 @settings(max_examples=200, deadline=None)
@@ -135,6 +219,7 @@ def test_full_blocks_hold_what_their_names_say_whatever_was_evicted(
     memory = Memory(8, max_bytes)
     pool = BlockPool(8, memory)
     held: list[list[int]] = []
+    told: set[bytes] = set()
     for text, count, num_kept in sequences:
         names = [bytes([text, index]) * 8 for index in range(count)]
         while len(held) > num_kept:
@@ -151,10 +236,16 @@ def test_full_blocks_hold_what_their_names_say_whatever_was_evicted(
         pool.publish(blocks, names)
         held.append(blocks)
         pool.check()
+        added, removed = pool.take_changes(100)
+        told = (told | set(added)) - set(removed)
+        assert told == memory.tiers.names() | pool_names(pool), "what can be found is what others are told"
     for blocks in held:
         pool.release(blocks)
     pool.check()
     assert pool.num_free == 8
+    before = pool_names(pool)
+    pool.close()
+    assert max_bytes < 1000 or before <= memory.tiers.names()
 
 
 def talk(llm: LLM, turns: int) -> tuple[list[list[int]], list[int]]:
@@ -195,6 +286,23 @@ def test_conversations_come_back_from_the_tiers_with_the_same_tokens(
         assert tokens == expected
         assert cached[:2] == [0, 0]
         assert all(found >= 256 for found in cached[2:])
+
+
+def test_what_a_worker_held_is_found_by_the_next_one(tiny_directory: Path, tmp_path: Path) -> None:
+    """Blocks that never left their pages, and those in host memory, are in files once an engine is closed."""
+    text = prompts(400)[0]
+    sizes: dict[str, Any] = {
+        "mode": "colocated",
+        "kv_host_bytes": 100 * BLOCK_BYTES,
+        "kv_file_bytes": 100 * (BLOCK_BYTES + HEADER),
+        "kv_file_directory": str(tmp_path),
+    }
+    with tiny_llm(tiny_directory, **sizes) as llm:
+        (first,) = llm.generate([text], greedy(20))
+    with tiny_llm(tiny_directory, **sizes, policy="prefix_aware") as llm:
+        (again,) = llm.generate([text], greedy(20))
+    assert again.token_ids == first.token_ids
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 384)
 
 
 @pytest.mark.parametrize(

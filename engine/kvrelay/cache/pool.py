@@ -13,14 +13,23 @@ from kvrelay.cache.tiers import Content
 class Backing(Protocol):
     """Where the contents of named blocks go when their room is needed, and come back from."""
 
-    def save(self, name: bytes, block: int) -> None:
-        """Keep what the block holds; it is handed out for something else right after."""
+    def save(self, name: bytes, block: int) -> list[bytes]:
+        """Keep what the block holds; it is handed out for something else right after.
+
+        Returns the names, this one among them or not, whose contents are not kept any more.
+        """
+
+    def names(self) -> set[bytes]:
+        """The names of all contents kept, at first those of an earlier process."""
 
     def fetch(self, names: Sequence[bytes]) -> list[Content]:
         """The contents of the longest run of names, from the first, that are kept."""
 
     def fill(self, blocks: Sequence[int], contents: Sequence[Content]) -> None:
         """Write contents into the last of a prefix's blocks; the others are full."""
+
+    def close(self, held: Sequence[tuple[bytes, int]]) -> None:
+        """Keep, beyond this process where that can be, what these blocks hold, the longest unused first."""
 
 
 class BlockPool:
@@ -29,7 +38,7 @@ class BlockPool:
     A block whose full content was `publish`ed under a name keeps it after its last owner has gone, and can
     be found and retained again, until it is handed out for something else: the longest unused first.
 
-    With a `backing`, its content is saved there then, and brought back by `take`.
+    With a `backing`, its content is saved there then, and brought back by `take`; it counts as held.
 
     `allocate` is paired with `can_allocate`: asking for more than is free is a bug of the caller.
     """
@@ -41,7 +50,7 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._names: list[bytes | None] = [None] * num_blocks
         self._holders: dict[bytes, int] = {}
-        self._changes: dict[bytes, bool] = {}  # True: added
+        self._changes = dict.fromkeys(backing.names() if backing is not None else (), True)  # True: added
         self.peak_blocks = 0
 
     @property
@@ -134,6 +143,12 @@ class BlockPool:
         added = [name for name, is_added in taken.items() if is_added]
         return added, [name for name, is_added in taken.items() if not is_added]
 
+    def close(self) -> None:
+        """Leave what the named blocks without owner hold to the backing; nothing may be taken afterwards."""
+        if self._backing is not None:
+            names = [(self._names[block], block) for block in self._idle]
+            self._backing.close([(name, block) for name, block in names if name is not None])
+
     def check(self) -> None:
         """Assert that every block is free, idle or owned, exactly one of them, and that names are sound."""
         free = [*self._free, *self._idle]
@@ -154,11 +169,11 @@ class BlockPool:
         del self._idle[block]
         name = self._names[block]
         assert name is not None
-        if self._backing is not None:
-            self._backing.save(name, block)
         self._names[block] = None
         del self._holders[name]
-        self._changes[name] = False
+        for lost in [name] if self._backing is None else self._backing.save(name, block):
+            if lost not in self._holders:
+                self._changes[lost] = False
         return block
 
     def _note_peak(self) -> None:

@@ -141,6 +141,7 @@ class Worker:
         num_promised = self.decode.close()
         pool = self._parts.pool
         pool.check()
+        pool.close()
         leaked = pool.num_blocks - pool.num_free - num_promised
         self._parts.send(Stopped(worker_id=self._parts.config.worker_id, num_leaked_blocks=leaked))
 

@@ -1,0 +1,185 @@
+"""KV blocks in files: written by a thread of its own, whole or not there, found again after a restart.
+
+Knows names of contents and bytes. Knows nothing of pages, tokens or requests.
+"""
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvrelay.cache.tiers import Content
+from kvrelay.errors import InvalidConfig
+
+MAGIC = b"kvrelay KV block 1\n"
+DIGEST_BYTES = 16
+SUFFIX = ".kvblock"
+MAX_UNWRITTEN_BYTES = 256 << 20  # blocks that come faster than the disk takes them are not kept
+
+
+class FileTier:
+    """One file per block in a directory that this tier alone uses; see `kvrelay.cache.tiers.Tier`.
+
+    A file is a magic line, a BLAKE2b digest of name and bytes, and the bytes. It is written beside and
+    renamed into place; one that fails its digest is deleted and missing. Writing and deleting is the work of
+    a thread; until a block is in its file it is found in memory. Reading is the caller's.
+
+    Raises `InvalidConfig` when the directory cannot be made or read.
+    """
+
+    name = "file"
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory, self._max_bytes = directory, max_bytes
+        self._sizes = _found(directory)
+        self._unwritten: dict[bytes, Content] = {}
+        self._unwritten_bytes = 0
+        self._due: deque[bytes] = deque()  # names whose file may not be as `_sizes` and `_unwritten` say
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="kv-files", daemon=True)
+        with self._changed:
+            self._shrink()
+        self._thread.start()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files, those still to be written included."""
+        with self._changed:
+            return sum(self._sizes.values())
+
+    def put(self, name: bytes, data: Content) -> list[tuple[bytes, Content]]:
+        size = len(MAGIC) + DIGEST_BYTES + len(data)
+        with self._changed:
+            if name in self._sizes:
+                return []
+            if size > self._max_bytes or self._unwritten_bytes + len(data) > MAX_UNWRITTEN_BYTES:
+                return [(name, data)]
+            self._sizes[name], self._unwritten[name] = size, data
+            self._unwritten_bytes += len(data)
+            self._due.append(name)
+            dropped = self._shrink()
+            self._changed.notify_all()
+        return dropped
+
+    def get(self, name: bytes) -> Content | None:
+        with self._changed:
+            size = self._sizes.pop(name, None)
+            if size is None:
+                return None
+            self._sizes[name] = size
+            if name in self._unwritten:
+                return self._unwritten[name]
+        data = _read(self._path(name), name)
+        if data is None:
+            with self._changed:
+                self._sizes.pop(name, None)
+                self._path(name).unlink(missing_ok=True)
+        return data
+
+    def __contains__(self, name: bytes) -> bool:
+        with self._changed:
+            return name in self._sizes
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._changed:
+            return iter(list(self._sizes))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until every file is as it should be; False if that took too long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._due, timeout_s)
+
+    def close(self) -> None:
+        """Finish the file in progress and join the thread: what has not been waited for is not kept."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _shrink(self) -> list[tuple[bytes, Content]]:
+        """Give up the longest unused; called with the lock held."""
+        num_bytes, dropped = sum(self._sizes.values()), list[tuple[bytes, Content]]()
+        while num_bytes > self._max_bytes:
+            oldest = next(iter(self._sizes))
+            num_bytes -= self._sizes.pop(oldest)
+            self._forget(oldest)
+            self._due.append(oldest)
+            dropped.append((oldest, b""))
+        return dropped
+
+    def _forget(self, name: bytes) -> None:
+        self._unwritten_bytes -= len(self._unwritten.pop(name, b""))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or bool(self._due))
+                if self._is_closed:
+                    return
+                name = self._due[0]
+                data, is_kept = self._unwritten.get(name), name in self._sizes
+            try:
+                if data is not None:
+                    _write(self._path(name), name, data)
+                elif not is_kept:
+                    self._path(name).unlink(missing_ok=True)
+            except OSError:  # a full disk is no reason to fail a request: the block is not kept
+                with self._changed:
+                    self._sizes.pop(name, None)
+            with self._changed:
+                self._due.popleft()
+                if self._unwritten.get(name) is data:
+                    self._forget(name)
+                self._changed.notify_all()
+
+    def _path(self, name: bytes) -> Path:
+        return self._directory / f"{name.hex()}{SUFFIX}"
+
+
+def _found(directory: Path) -> dict[bytes, int]:
+    """The blocks left by an earlier process and their files' sizes, the longest unused first."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = sorted((path.stat().st_mtime_ns, path) for path in directory.glob(f"*{SUFFIX}"))
+        for left_over in directory.glob("*.partial"):
+            left_over.unlink()
+        return {bytes.fromhex(p.stem): p.stat().st_size for _, p in found if _is_hex(p.stem)}
+    except OSError as error:
+        raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
+
+
+def _write(path: Path, name: bytes, data: Content) -> None:
+    handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(MAGIC + _digest(name, data))
+            file.write(data)
+        os.replace(partial, path)
+    except OSError:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path, name: bytes) -> Content | None:
+    try:
+        content = bytearray(path.read_bytes())
+    except OSError:
+        return None
+    header = len(MAGIC) + DIGEST_BYTES
+    data = memoryview(content)[header:]
+    return data if content[:header] == MAGIC + _digest(name, data) else None
+
+
+def _digest(name: bytes, data: Content) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=name).digest()
+
+
+def _is_hex(text: str) -> bool:
+    try:
+        return bytes.fromhex(text).hex() == text
+    except ValueError:
+        return False
