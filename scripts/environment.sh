@@ -18,9 +18,11 @@ find_python() {
 }
 
 [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
-digest="$(cat pyproject.toml setup.py kernels/csrc/* 2>/dev/null | cksum | cut -d' ' -f1)-${extra:-base}-$(pwd | cksum | cut -d' ' -f1)"
-if [ ! -e ".venv/installed-$digest" ]; then
+digest="$(cat pyproject.toml setup.py kernels/csrc/* 2>/dev/null | cksum | cut -d' ' -f1)-$(pwd | cksum | cut -d' ' -f1)"
+installed=".venv/installed-$digest-${extra:-base}"
+[ -n "$extra" ] || installed="$(compgen -G ".venv/installed-$digest-*" | head -n 1 || true)" # any extra has the base in it
+if [ ! -e "$installed" ]; then
   echo "Installing kvrelay${extra:+[$extra]} into .venv …" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
-  touch ".venv/installed-$digest"
+  touch ".venv/installed-$digest-${extra:-base}"
 fi

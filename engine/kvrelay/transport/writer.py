@@ -16,9 +16,14 @@ from kvrelay.transport.base import Telemetry, TransportEvent, Write, WriteDone, 
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
 
+INLINE_BYTES = 128 << 10  # so much is copied in less time than waking a thread takes
+
 
 class PageWriter:
-    """Copies posted writes on its own thread; `peers` maps a worker to its pages tensor."""
+    """Copies posted writes on its own thread; `peers` maps a worker to its pages tensor.
+
+    A small write that nothing is waiting before, and that waits for nothing, is copied by its poster at once.
+    """
 
     def __init__(self, name: str) -> None:
         self.peers: dict[WorkerId, torch.Tensor] = {}
@@ -40,8 +45,19 @@ class PageWriter:
         if len(write.source_blocks) != len(write.target_blocks):
             raise TransportError(f"{len(write.source_blocks)} blocks into {len(write.target_blocks)}")
         with self._changed:
-            self._queue.append(write)
-            self._changed.notify_all()
+            if self._queue or self._active is not None or not self._is_small(write):
+                self._queue.append(write)
+                self._changed.notify_all()
+                return
+        event = self._copy(write)  # only the poster fills the queue and cancels: nothing can come between
+        with self._changed:
+            self._events.append(event)
+        self.wakeup.set()
+
+    def _is_small(self, write: Write) -> bool:
+        if self.source is None or write.ready is not None:
+            return False
+        return len(write.source_blocks) * 2 * self.source[0, 0, 0].nbytes <= INLINE_BYTES
 
     def cancel(self, ticket_id: TicketId) -> None:
         """Forget the ticket's queued writes and outcomes; wait for the one in progress."""
