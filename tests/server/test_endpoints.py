@@ -12,8 +12,9 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvrelay.engine import Prepared
 from kvrelay.server.responses import ErrorResponse
-from kvrelay.types import MAX_LOGPROBS
+from kvrelay.types import MAX_LOGPROBS, RequestId
 from kvrelay.version import __version__
 from tiny_server import Served, tiny_server
 
@@ -168,6 +169,24 @@ def test_a_request_keeps_its_id_and_its_trace(client: httpx.Client) -> None:
     assert len(client.get("/health").headers["x-request-id"]) == 32
     too_long = client.get("/health", headers={"x-request-id": "x" * 257})
     assert_is_error(too_long, 400, "printable ASCII")
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_callers_trace_reaches_the_engine(
+    client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    submit, seen = served.engine.submit, []
+
+    def spy(prepared: Prepared, on_event: Any) -> RequestId:
+        seen.append(prepared.traceparent)
+        return submit(prepared, on_event)
+
+    monkeypatch.setattr(served.engine, "submit", spy)
+    body = {"prompt": "x", "messages": HI, "max_tokens": 2, "n": 2}
+    for headers in ({"traceparent": trace}, {}):
+        assert client.post(f"/v1/{path}", json=body, headers=headers).status_code == 200
+    assert seen == [trace, trace, None, None]
 
 
 def test_echo_scores_the_prompt_as_transformers_does(client: httpx.Client, tiny_directory: Path) -> None:

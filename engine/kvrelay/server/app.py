@@ -6,6 +6,7 @@ Knows HTTP and the engine's Python API. Knows no sockets or signals: `run` has t
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -106,7 +107,9 @@ async def _answer(
     """Run the plan; a stream's headers wait for its first tokens, so that an early failure has its status."""
     if service.draining.is_set():
         raise EngineClosed("the server is shutting down")
-    generation = Generation(service.bridge, plan.prepared, ends_only=not asked.stream)
+    trace = request.headers.get("traceparent")
+    prepared = [replace(one, traceparent=trace) for one in plan.prepared] if trace else plan.prepared
+    generation = Generation(service.bridge, prepared, ends_only=not asked.stream)
     try:
         generation.watch(request.receive)
         if not asked.stream:
