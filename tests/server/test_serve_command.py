@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from kvrelay.config import EngineConfig
 from kvrelay.errors import InvalidConfig
+from kvrelay.server.run import serve
+from kvrelay.server_config import ServerConfig
 from kvrelay.settings import combine, parse_pair, read_file
 
 LONG = {"prompt": "hello", "max_tokens": 900, "ignore_eos": True, "stream": True}
@@ -37,6 +41,19 @@ def process(directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[s
     finally:
         server.kill()
         server.wait()
+
+
+def test_it_takes_connections_when_it_says_so(tiny_directory: Path, no_leftovers: None) -> None:
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        socket.create_connection(("127.0.0.1", int(line.rpartition(":")[2])), timeout=5).close()
+        signal.raise_signal(signal.SIGTERM)
+
+    engine = EngineConfig.of(model=str(tiny_directory), transport="inproc", num_kv_blocks=64)
+    serve(engine, ServerConfig(port=0), say)
+    assert len(said) == 1
 
 
 def test_a_stop_lets_streams_finish_takes_no_more_and_leaves_nothing(

@@ -39,9 +39,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig, say: Callable[[str]
         engine = Engine(engine_config)
         try:
             app = create_app(engine, config)
-            server = DrainingServer(app, config)
-            say(f"{_what(engine, app.state.service)} at {url(config.host, listener)}")
-            server.run(sockets=[listener])
+            line = f"{_what(engine, app.state.service)} at {url(config.host, listener)}"
+            DrainingServer(app, config, on_listening=lambda: say(line)).run(sockets=[listener])
         finally:
             engine.close()
 
@@ -66,9 +65,14 @@ def url(host: str, listener: socket.socket) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, told of limits, that ends quietly on a signal: requests in flight finish first."""
+    """uvicorn, told of limits, that ends quietly on a signal: requests in flight finish first.
 
-    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+    `on_listening` is called once connections are taken.
+    """
+
+    def __init__(
+        self, app: FastAPI, config: ServerConfig, on_listening: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -84,6 +88,13 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self._service: Service = app.state.service
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then says so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
