@@ -10,11 +10,11 @@ from kvrelay.router.core import Router
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
-from kvrelay.types import KVLayout, RequestId, RequestSpec, Role, SamplingParams, WorkerId, num_blocks
-from kvrelay.wire import Descriptor, Hello, NewToken, StepReport, decode, encode
+from kvrelay.types import RequestId, RequestSpec, Role, SamplingParams, WorkerId, num_blocks
+from kvrelay.wire import NewToken, StepReport, decode, encode
+from tiny_engine import hello
 
 PROMPT_TOKENS = 256
-LAYOUT = KVLayout(model="m", dtype="bfloat16", num_layers=30, num_kv_heads=3, head_dim=64)
 PARAMS = SamplingParams(max_tokens=2**30, temperature=0.0)
 Operation = Callable[[], object]
 
@@ -132,21 +132,5 @@ def _router(num_workers: int) -> Router:
     roles: tuple[Role, ...] = ("prefill", "decode")
     for role in roles:
         for index in range(num_workers):
-            router.fleet.add(_hello(WorkerId(f"{role}-{index}"), role))
+            router.fleet.add(hello(f"{role}-{index}", role, 1024))
     return router
-
-
-def _hello(worker_id: WorkerId, role: Role) -> Hello:
-    descriptor = Descriptor(
-        transport="shm", worker_id=worker_id, epoch=1, layout=LAYOUT, num_blocks=1024, address={}
-    )
-    return Hello(
-        worker_id=worker_id,
-        pid=1,
-        role=role,
-        device="cpu",
-        model_impl="torch",
-        num_threads=1,
-        descriptor=descriptor,
-        load_s=0.0,
-    )

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvrelay import LLM, SamplingParams
+from kvrelay.types import KVLayout, Role, WorkerId
+from kvrelay.wire import Descriptor, Hello
 
 MAX_POSITIONS = 1024
 TEMPLATE = (
@@ -60,6 +62,25 @@ def tiny_llm(directory: Path, **settings: Any) -> LLM:
     """An engine on the tiny model: threads of this process unless told otherwise, block digests on."""
     defaults = {"transport": "inproc", "dtype": "float32", "num_kv_blocks": 64, "verify_kv": True}
     return LLM(str(directory), **{**defaults, "threads_per_worker": 1, **settings})
+
+
+def hello(worker_id: str, role: Role, num_blocks: int = 64) -> Hello:
+    """What a worker of the tests of the router says when it is ready."""
+    layout = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
+    worker = WorkerId(worker_id)
+    descriptor = Descriptor(
+        transport="inproc", worker_id=worker, epoch=1, layout=layout, num_blocks=num_blocks, address={}
+    )
+    return Hello(
+        worker_id=worker,
+        pid=1,
+        role=role,
+        device="cpu",
+        model_impl="torch",
+        num_threads=1,
+        descriptor=descriptor,
+        load_s=0.0,
+    )
 
 
 def prompts(*lengths: int) -> list[list[int]]:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.metrics import PHASES, SPANS, Ledger, Timings, WorkerTotals, phase_report, ratio, worker_report
-from kvrelay.types import KVLayout, WorkerId
-from kvrelay.wire import Descriptor, Hello, StepReport
+from kvrelay.types import WorkerId
+from kvrelay.wire import StepReport
+from tiny_engine import hello
 
 ATTEMPT = ("prefill_started", "prefill_finished", "kv_committed", "decode_started")
 PARTS = ("queue_s", "prefill_s", "transfer_wait_s", "decode_queue_s", "first_decode_s", "decode_s")
@@ -173,23 +174,7 @@ def test_a_ratio_of_the_unknown_is_unknown(
 
 
 def totals() -> WorkerTotals:
-    layout = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
-    worker = WorkerId("w")
-    descriptor = Descriptor(
-        transport="shm", worker_id=worker, epoch=1, layout=layout, num_blocks=4, address={}
-    )
-    return WorkerTotals(
-        Hello(
-            worker_id=worker,
-            pid=1,
-            role="prefill",
-            device="cpu",
-            model_impl="torch",
-            num_threads=1,
-            descriptor=descriptor,
-            load_s=0.5,
-        )
-    )
+    return WorkerTotals(hello("w", "prefill", 4))
 
 
 def step(phase: str, seconds: float, tokens: dict[str, int], moved: dict[str, int]) -> StepReport:

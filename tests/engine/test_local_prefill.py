@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_router_core import hello, request
+from test_router_core import request
 
 from kvrelay.router.fleet import Fleet
 from kvrelay.router.local_prefill import NUM_PROBES, hand_off_seconds, worthwhile_tokens
 from kvrelay.router.settings import RouterSettings
 from kvrelay.types import WorkerId
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, hello, prompts, tiny_llm
 
 LENGTHS = (1, 2, 64, 65, 130, 200, 300)
 

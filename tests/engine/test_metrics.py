@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_router_core import hello, request
+from test_router_core import request
 
 from kvrelay import LLM
 from kvrelay.config import EngineConfig
@@ -24,7 +24,7 @@ from kvrelay.router.telemetry import Telemetry
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import WorkerId
 from kvrelay.wire import Heartbeat, StepReport
-from tiny_engine import greedy, prompts, tiny_llm
+from tiny_engine import greedy, hello, prompts, tiny_llm
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,9 @@ from kvrelay import RequestOutput
 from kvrelay.router.core import Router
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.types import KVLayout, RequestId, Role, TicketId, TokenLogprobs, TransferTicket, WorkerId
-from kvrelay.wire import Descriptor, Hello, NewToken, Prefill, PromptScored, Reserve, Reserved, StepReport
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+from kvrelay.types import RequestId, TicketId, TokenLogprobs, TransferTicket, WorkerId
+from kvrelay.wire import NewToken, Prefill, PromptScored, Reserve, Reserved, StepReport
+from tiny_engine import assert_all_blocks_home, greedy, hello, prompts, tiny_llm
 
 LENGTHS = (1, 2, 64, 65, 200, 300)
 
@@ -86,24 +86,6 @@ def token(attempt: int, token_id: int, **fields: Any) -> StepReport:
     )
 
 
-def hello(worker_id: str, role: Role) -> Hello:
-    layout = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
-    worker = WorkerId(worker_id)
-    descriptor = Descriptor(
-        transport="inproc", worker_id=worker, epoch=1, layout=layout, num_blocks=8, address={}
-    )
-    return Hello(
-        worker_id=worker,
-        pid=1,
-        role=role,
-        device="cpu",
-        model_impl="torch",
-        num_threads=1,
-        descriptor=descriptor,
-        load_s=0.0,
-    )
-
-
 class Scene:
     """A router with one request of three prompt tokens whose log-probabilities are wanted."""
 
@@ -114,8 +96,8 @@ class Scene:
             open_policy("least_loaded"), lambda w, m: self.sent.append((w, m)), self.updates.append
         )
         for index in range(num_prefill):
-            self.router.fleet.add(hello(f"prefill-{index}", "prefill"))
-        self.router.fleet.add(hello("decode-0", "decode"))
+            self.router.fleet.add(hello(f"prefill-{index}", "prefill", 8))
+        self.router.fleet.add(hello("decode-0", "decode", 8))
         self.request = RoutedRequest(
             request_id=RequestId("r"),
             arrival=0,

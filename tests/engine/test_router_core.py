@@ -31,7 +31,6 @@ from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.policies import POLICIES, Auto, open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.types import (
-    KVLayout,
     RequestId,
     RequestSpec,
     Role,
@@ -44,8 +43,6 @@ from kvrelay.types import (
 from kvrelay.wire import (
     Abort,
     AttemptFailed,
-    Descriptor,
-    Hello,
     Mark,
     Message,
     NewToken,
@@ -56,26 +53,9 @@ from kvrelay.wire import (
     StepReport,
     WriterGone,
 )
+from tiny_engine import hello
 
-LAYOUT = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
-POOL_BLOCKS = 64
-
-
-def hello(worker_id: str, role: Role, num_kv_blocks: int = POOL_BLOCKS) -> Hello:
-    worker = WorkerId(worker_id)
-    descriptor = Descriptor(
-        transport="inproc", worker_id=worker, epoch=1, layout=LAYOUT, num_blocks=num_kv_blocks, address={}
-    )
-    return Hello(
-        worker_id=worker,
-        pid=1,
-        role=role,
-        device="cpu",
-        model_impl="torch",
-        num_threads=1,
-        descriptor=descriptor,
-        load_s=0.0,
-    )
+POOL_BLOCKS = 64  # as `hello` says
 
 
 def request(number: int, num_prompt_tokens: int = 3, max_tokens: int = 4) -> RoutedRequest:

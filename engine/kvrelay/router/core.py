@@ -6,8 +6,6 @@ callables. Knows no sockets, processes, clocks or text, so it runs under a virtu
 
 from collections.abc import Callable
 
-from msgspec.structs import replace
-
 from kvrelay.errors import ERRORS, KVRelayError, WorkerFailed
 from kvrelay.router.admission import WaitingQueue, overdue
 from kvrelay.router.counts import RunCounts
@@ -20,7 +18,6 @@ from kvrelay.router.settings import RouterSettings
 from kvrelay.router.writers import Writers
 from kvrelay.types import FinishReason, RequestId, WorkerId
 from kvrelay.wire import (
-    Abort,
     AttemptFailed,
     CacheChanged,
     Heartbeat,
@@ -280,12 +277,8 @@ class Router:
             self._pump(update.at_s)
 
     def _cancel_attempt(self, request: RoutedRequest) -> None:
-        """Stop both sides. Decode keeps the ticket's blocks until the writer has said that it is gone."""
-        abort = Abort(request_id=request.request_id, attempt=request.attempt)
-        if request.decode is not None:
-            self._say(request.decode, abort)
-        if request.ticket is not None and not request.is_committed and request.prefill is not None:
-            self._say(request.prefill, replace(abort, ticket=request.ticket))
+        for worker_id, abort in request.aborts():
+            self._say(worker_id, abort)
 
     def _end(self, request: RoutedRequest, update: Update) -> None:
         self.counts.ended(request, update)

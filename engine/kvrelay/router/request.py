@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Ledger
@@ -17,7 +18,7 @@ from kvrelay.types import (
     TransferTicket,
     WorkerId,
 )
-from kvrelay.wire import Mark, NewToken, StepReport
+from kvrelay.wire import Abort, Mark, NewToken, StepReport
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +127,17 @@ class RoutedRequest:
             seed=self.seed,
             prompt_logprobs=self.params.prompt_logprobs if self.owes_prompt_logprobs else None,
         )
+
+    def aborts(self) -> list[tuple[WorkerId, Abort]]:
+        """Who must be told to stop the attempt, and what.
+
+        Decode keeps the ticket's blocks until the writer has said that it is gone.
+        """
+        abort = Abort(request_id=self.request_id, attempt=self.attempt)
+        found = [] if self.decode is None else [(self.decode, abort)]
+        if self.ticket is not None and not self.is_committed and self.prefill is not None:
+            found.append((self.prefill, replace(abort, ticket=self.ticket)))
+        return found
 
     def on_mark(self, mark: Mark) -> None:
         """A worker did something for the current attempt."""

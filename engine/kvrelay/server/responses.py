@@ -44,6 +44,16 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     attention: dict[str, AttentionUse]
 
 
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What every document of one response repeats, and what it may carry beside its choices."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage | UnsetType | None = UNSET
+    kvrelay: Measured | list[Measured] | UnsetType = UNSET
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     """Per token: its spelling, log-probability, most likely alternatives, and place in the text."""
 
@@ -62,16 +72,11 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
+class Completion(Reply, frozen=True, kw_only=True):
     """A completion, or one chunk of its stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-    kvrelay: Measured | list[Measured] | UnsetType = UNSET
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,16 +118,11 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
 
-class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+class ChatCompletion(Reply, frozen=True, kw_only=True):
     """An answer to a conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
-    kvrelay: Measured | list[Measured] | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,16 +141,11 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+class ChatChunk(Reply, frozen=True, kw_only=True):
     """One chunk of a streamed answer."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    kvrelay: Measured | list[Measured] | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

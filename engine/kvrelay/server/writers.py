@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -28,10 +28,12 @@ from kvrelay.server.responses import (
     Delta,
     FinishReason,
     Measured,
+    Reply,
     Usage,
 )
 
 MaybeUsage = Usage | UnsetType | None
+Document = TypeVar("Document", bound=Reply)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,10 @@ class Head:
     def new(cls, prefix: str, model: str) -> "Head":
         """A fresh identity, `prefix` and 32 hex digits."""
         return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+
+    def on(self, kind: type[Document], **rest: Any) -> Document:
+        """A document of that kind with this head."""
+        return kind(id=self.id, created=self.created, model=self.model, **rest)
 
 
 class Writer(Protocol):
@@ -99,13 +105,15 @@ class CompletionWriter:
             )
             choices.append(self._choice(index, event))
         tokens = sum(len(output.token_ids) for output in outputs)
-        return self._document(choices, total_usage(self._plan, tokens), outputs)
+        usage = total_usage(self._plan, tokens)
+        return self._head.on(Completion, choices=choices, usage=usage, kvrelay=measured(self._plan, outputs))
 
     def chunks(self, index: int, event: StreamEvent, usage: MaybeUsage) -> list[msgspec.Struct]:
-        return [self._document([self._choice(index, event)], usage, [event.output])]
+        choices, cost = [self._choice(index, event)], measured(self._plan, [event.output])
+        return [self._head.on(Completion, choices=choices, usage=usage, kvrelay=cost)]
 
     def usage_chunk(self, usage: Usage) -> Completion:
-        return self._document([], usage, [])
+        return self._head.on(Completion, choices=[], usage=usage)
 
     def _choice(self, index: int, event: StreamEvent) -> CompletionChoice:
         is_first, is_hidden = index not in self._begun, self._plan.is_prompt_only
@@ -138,22 +146,6 @@ class CompletionWriter:
         prompt = self._plan.prompts[index // self._plan.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _document(
-        self,
-        choices: list[CompletionChoice],
-        usage: MaybeUsage,
-        ended: Sequence[RequestOutput | None],
-    ) -> Completion:
-        head = self._head
-        return Completion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=choices,
-            usage=usage,
-            kvrelay=measured(self._plan, ended),
-        )
-
 
 class ChatWriter:
     """`chat.completion` documents; a stream's first chunk names the role."""
@@ -172,46 +164,26 @@ class ChatWriter:
             )
             for index, output in enumerate(outputs)
         ]
-        head, tokens = self._head, sum(len(output.token_ids) for output in outputs)
-        return ChatCompletion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=choices,
-            usage=total_usage(self._plan, tokens),
-            kvrelay=measured(self._plan, outputs),
+        usage = total_usage(self._plan, sum(len(output.token_ids) for output in outputs))
+        return self._head.on(
+            ChatCompletion, choices=choices, usage=usage, kvrelay=measured(self._plan, outputs)
         )
 
     def chunks(self, index: int, event: StreamEvent, usage: MaybeUsage) -> list[msgspec.Struct]:
         found: list[msgspec.Struct] = []
         if index not in self._begun:
             self._begun.add(index)
-            delta = Delta(role="assistant", content="")
-            found.append(self._document([ChatChunkChoice(index=index, delta=delta)], usage, []))
+            opening = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+            found.append(self._head.on(ChatChunk, choices=[opening], usage=usage))
         choice = ChatChunkChoice(
             index=index,
             delta=Delta(content=event.text),
             logprobs=spell_chat(self._tokenizer, event.logprobs) if event.logprobs else None,
             finish_reason=event.output.finish_reason if event.output else None,
         )
-        found.append(self._document([choice], usage, [event.output]))
+        cost = measured(self._plan, [event.output])
+        found.append(self._head.on(ChatChunk, choices=[choice], usage=usage, kvrelay=cost))
         return found
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
-        return self._document([], usage, [])
-
-    def _document(
-        self,
-        choices: list[ChatChunkChoice],
-        usage: MaybeUsage,
-        ended: Sequence[RequestOutput | None],
-    ) -> ChatChunk:
-        head = self._head
-        return ChatChunk(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            choices=choices,
-            usage=usage,
-            kvrelay=measured(self._plan, ended),
-        )
+        return self._head.on(ChatChunk, choices=[], usage=usage)
