@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvrelay.config import EngineConfig, cache_home
+from kvrelay.engine_options import engine_options
 from kvrelay.errors import InvalidConfig, KVRelayError
 from kvrelay.experiments import demo as demo_module
 from kvrelay.experiments.doctor import examine
@@ -41,16 +42,6 @@ Model = Annotated[str, typer.Option(help="A pulled name, a Hugging Face director
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any engine setting, such as num_kv_blocks=64."),
-]
-Mode = Annotated[str, typer.Option(help="disaggregated or colocated.")]
-PrefillWorkers = Annotated[int, typer.Option(help="Prefill worker processes.")]
-DecodeWorkers = Annotated[int, typer.Option(help="Decode worker processes.")]
-Transport = Annotated[str, typer.Option(help="How KV moves: shm, inproc, faulty:OPTIONS.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-PowerModel = Annotated[
-    str | None,
-    typer.Option(help="Watts to assume where no meter is: idle_w=5,busy_w=20, or by role or device."),
 ]
 
 
@@ -89,7 +80,9 @@ def models_list(json_output: Json = False) -> None:
 
 
 @app.command()
+@engine_options
 def generate(
+    engine: dict[str, Any],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     model: Model = DEFAULT_MODEL,
     chat: Annotated[bool, typer.Option(help="Treat each prompt as a user's message.")] = False,
@@ -99,13 +92,6 @@ def generate(
     top_k: int = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string.")] = None,
-    mode: Mode = "disaggregated",
-    prefill_workers: PrefillWorkers = 1,
-    decode_workers: DecodeWorkers = 1,
-    transport: Transport = "shm",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    power_model: PowerModel = None,
     settings: Settings = None,
     report: Annotated[bool, typer.Option(help="Show the report tables too.")] = False,
     json_output: Json = False,
@@ -114,16 +100,7 @@ def generate(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
     )
-    chosen = _settings(
-        settings,
-        mode=mode,
-        prefill_workers=prefill_workers,
-        decode_workers=decode_workers,
-        transport=transport,
-        device=device,
-        dtype=dtype,
-        power_model=power_model,
-    )
+    chosen = _settings(settings, engine)
     console.print(f"[dim]starting {model} …[/]", highlight=False)
     with LLM(model, **chosen) as llm:
         prompts: Any = (
@@ -139,31 +116,17 @@ def generate(
 
 
 @app.command()
+@engine_options
 def demo(
+    engine: dict[str, Any],
     model: Model = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 48,
-    mode: Mode = "disaggregated",
-    prefill_workers: PrefillWorkers = 1,
-    decode_workers: DecodeWorkers = 1,
-    transport: Transport = "shm",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    power_model: PowerModel = None,
     settings: Settings = None,
     output: Annotated[Path, typer.Option(help="Where the JSON record goes.")] = Path("results/demo.json"),
     json_output: Json = False,
 ) -> None:
     """Answer eight questions through separate prefill and decode processes, and report what it cost."""
-    chosen = _settings(
-        settings,
-        mode=mode,
-        prefill_workers=prefill_workers,
-        decode_workers=decode_workers,
-        transport=transport,
-        device=device,
-        dtype=dtype,
-        power_model=power_model,
-    )
+    chosen = _settings(settings, engine)
     if model in hub.KNOWN:
         hub.pull(model, cache_home(), progress_bar)
     record = demo_module.run_demo(model, chosen, max_tokens, Console())
@@ -206,8 +169,8 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
 
 
-def _settings(pairs: list[str] | None, **named: Any) -> dict[str, Any]:
-    """Engine settings from options and `--set NAME=VALUE`; values are JSON where they parse as such."""
+def _settings(pairs: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
+    """Engine settings from options, then `--set NAME=VALUE`; values are JSON where they parse as such."""
     for pair in pairs or []:
         name, value = parse_pair(pair)
         if name not in EngineConfig.__struct_fields__:

@@ -2,15 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvrelay.engine_options import engine_options
 from kvrelay.errors import InvalidConfig
 from kvrelay.settings import combine, read_file
 
 Model = Annotated[str | None, typer.Option(help="A pulled name, a Hugging Face directory, or a hub id.")]
-Config = Annotated[Path | None, typer.Option(help="A TOML file: engine settings, and a [server] table.")]
+Config = Annotated[Path | None, typer.Option(help="A TOML file: engine settings, and a table named server.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Any setting: num_kv_blocks=64, server.max_headers=50."),
@@ -21,38 +22,26 @@ ApiKey = Annotated[
 ]
 
 
+@engine_options
 def serve(
+    engine: dict[str, Any],
     model: Model = None,
     config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address; 127.0.0.1 unless told.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 8000 unless told, 0 for any.")] = None,
     api_key: ApiKey = None,
     served_model_name: Annotated[str | None, typer.Option(help="The name that clients use.")] = None,
-    mode: Annotated[str | None, typer.Option(help="disaggregated or colocated.")] = None,
-    prefill_workers: Annotated[int | None, typer.Option(help="Prefill worker processes.")] = None,
-    decode_workers: Annotated[int | None, typer.Option(help="Decode worker processes.")] = None,
-    transport: Annotated[str | None, typer.Option(help="How KV moves: shm, inproc, faulty:OPTIONS.")] = None,
     policy: Annotated[str | None, typer.Option(help="How a pair of workers is chosen.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.")] = None,
-    power_model: Annotated[str | None, typer.Option(help="Watts to assume where no meter is.")] = None,
     metrics_alias: Annotated[str | None, typer.Option(help="vllm: its metric names beside ours.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of the whole pool: cost per token.")] = None,
     settings: Settings = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, until a signal says stop; a page at / shows it at work."""
-    engine = {
+    engine |= {
         "model": model,
-        "mode": mode,
-        "prefill_workers": prefill_workers,
-        "decode_workers": decode_workers,
-        "transport": transport,
         "policy": policy,
-        "device": device,
-        "dtype": dtype,
         "max_model_len": max_model_len,
-        "power_model": power_model,
         "served_model_name": served_model_name,
         "metrics_alias": metrics_alias,
         "price_per_hour": price_per_hour,

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("engine",),
     ("llm",),
     ("server", "experiments", "settings"),
+    ("engine_options",),
     ("serve_command",),
     ("cli",),
     ("__init__", "__main__"),
