@@ -6,10 +6,9 @@ the same few microseconds a token. Knows nothing of which server it talks to.
 
 import http.client
 import json
-import queue
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,7 +48,15 @@ class Exchange:
 
 
 class ServerError(RuntimeError):
-    """The server refused a request or ended it with an error; the message is the server's."""
+    """The server refused a request or ended it with an error; the message is the server's.
+
+    `status` is that of the response, `retry_after_s` what a refusal asked for, None without.
+    """
+
+    def __init__(self, message: str, status: int = 200, retry_after: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = None if retry_after is None else float(retry_after)
 
 
 def complete(target: Target, prompt: str | list[int], max_tokens: int, index: int = 0) -> Exchange:
@@ -74,7 +81,8 @@ def complete(target: Target, prompt: str | list[int], max_tokens: int, index: in
         response = connection.getresponse()
         if response.status != 200:
             answer = response.read(2000).decode(errors="replace")
-            raise ServerError(f"{target.name} answered {response.status}: {answer}")
+            message = f"{target.name} answered {response.status}: {answer}"
+            raise ServerError(message, response.status, response.getheader("retry-after"))
         return _read(target, response, index, start_s)
     finally:
         connection.close()
@@ -111,31 +119,12 @@ def closed_loop(
 ) -> tuple[list[Exchange], float]:
     """Keep `concurrency` requests in flight until every prompt is done: exchanges in order, seconds it took.
 
-    Raises the first error of any request once all threads have stopped.
+    Raises the error of the first request that had one; those that have not begun by then do not.
     """
-    waiting: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-    for item in enumerate(prompts):
-        waiting.put(item)
-    done: list[Exchange] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        while not errors:
-            try:
-                index, prompt = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.append(complete(target, prompt, max_tokens, index))
-            except BaseException as error:  # noqa: BLE001  raised again by the caller's thread
-                errors.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(prompts)))]
+    pool = ThreadPoolExecutor(concurrency)
     start_s = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return sorted(done, key=lambda exchange: exchange.prompt), time.perf_counter() - start_s
+    try:
+        asked = [pool.submit(complete, target, text, max_tokens, n) for n, text in enumerate(prompts)]
+        return [one.result() for one in asked], time.perf_counter() - start_s
+    finally:
+        pool.shutdown(cancel_futures=True)

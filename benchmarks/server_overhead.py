@@ -1,18 +1,24 @@
 """What HTTP adds: the same requests through the Python API and through the server over the same engine.
 
-Both run in one process, alternating, with the same engine behind them; the HTTP client is a bare socket in a
-process of its own, so that its costs are the kernel's and not a library's. TTFT: from handing a request over
-to its first token in the client's hands.
+Both run in one process, in turn, with the same engine behind them; the HTTP client is a bare socket in a
+process of its own, so that its costs are the kernel's and not a library's.
+
+Time to first token, from handing a request over to its first token in the client's hands, is mostly queueing
+at 16 requests at once, and differs by hundreds of milliseconds from round to round. So each request's is
+compared with what the engine's ledger says of the very same request: what is left is the way in and the way
+out, and what HTTP adds is how much longer these are through the server than through the Python API.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,48 +39,63 @@ def prompt(index: int) -> str:
     return f"{index} " + "the quick brown fox jumps over the lazy dog " * 6
 
 
-async def through_python(llm: AsyncLLM, options: argparse.Namespace) -> tuple[list[float], float]:
-    """TTFTs in seconds, and output tokens per second."""
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: of each request the client's and the ledger's TTFT in seconds; output tokens per second."""
+
+    ttft_s: list[tuple[float, float]]
+    tokens_per_s: float
+
+    @property
+    def outside_s(self) -> list[float]:
+        """What each request's TTFT holds beside the engine's own."""
+        return [seen - ledger for seen, ledger in self.ttft_s]
+
+
+async def through_python(llm: AsyncLLM, options: argparse.Namespace) -> Round:
+    """A round through the Python API."""
     params = SamplingParams(max_tokens=options.output_tokens, temperature=0.0, ignore_eos=True)
-    first_s: list[float] = []
+    found: list[tuple[float, float]] = []
 
     async def worker(number: int) -> None:
         for round_number in range(options.requests):
-            begin_s = time.monotonic()
-            waiting = True
+            begin_s, first_s = time.monotonic(), None
             async for event in llm.stream(prompt(number * options.requests + round_number), params):
-                if waiting and event.token_ids:
-                    first_s.append(time.monotonic() - begin_s)
-                    waiting = False
+                if first_s is None and event.token_ids:
+                    first_s = time.monotonic() - begin_s
+                if event.output is not None:
+                    found.append((first_s or 0.0, event.output.timings.ttft_s or 0.0))
 
     begin_s = time.monotonic()
     await asyncio.gather(*(worker(number) for number in range(options.concurrency)))
     elapsed_s = time.monotonic() - begin_s
-    return first_s, options.concurrency * options.requests * options.output_tokens / elapsed_s
+    return Round(found, options.concurrency * options.requests * options.output_tokens / elapsed_s)
 
 
-def over_http(port: int, concurrency: int, requests: int, output_tokens: int) -> tuple[list[float], float]:
+def over_http(port: int, concurrency: int, requests: int, output_tokens: int) -> Round:
     """The same through the server, in a process of its own."""
-    first_s: list[float] = []
+    found: list[tuple[float, float]] = []
 
     async def worker(number: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
         for round_number in range(requests):
-            body = json.dumps(
-                {
-                    "prompt": prompt(number * requests + round_number),
-                    "max_tokens": output_tokens,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": True,
-                }
-            ).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            body = {
+                "prompt": prompt(number * requests + round_number),
+                "max_tokens": output_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "kvrelay": True,
+            }
+            content = json.dumps(body).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
             begin_s = time.monotonic()
-            writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+            writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + content)
             await reader.readuntil(b"data: ")
-            first_s.append(time.monotonic() - begin_s)
-            await reader.readuntil(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            first_s = time.monotonic() - begin_s
+            rest = await reader.readuntil(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            (ledger_s,) = re.findall(rb'"ttft_s":([0-9.e-]+)', rest)
+            found.append((first_s, float(ledger_s)))
         writer.close()
 
     async def all_workers() -> None:
@@ -83,7 +104,7 @@ def over_http(port: int, concurrency: int, requests: int, output_tokens: int) ->
     begin_s = time.monotonic()
     asyncio.run(all_workers())
     elapsed_s = time.monotonic() - begin_s
-    return first_s, concurrency * requests * output_tokens / elapsed_s
+    return Round(found, concurrency * requests * output_tokens / elapsed_s)
 
 
 def start_server(llm: AsyncLLM) -> tuple[DrainingServer, threading.Thread, int]:
@@ -100,34 +121,45 @@ def start_server(llm: AsyncLLM) -> tuple[DrainingServer, threading.Thread, int]:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Alternating rounds; the first of each kind warms up and is not counted."""
-    found: dict[str, list[tuple[float, float]]] = {"python": [], "http": []}
+    """Rounds of each kind in turn, each first every other time; the first of each only warms up."""
     llm = AsyncLLM(options.model, threads_per_worker=1)
     server, thread, port = start_server(llm)
     numbers = (port, options.concurrency, options.requests, options.output_tokens)
     loop = asyncio.get_running_loop()
+    python: list[Round] = []
+    http: list[Round] = []
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            for _ in range(options.rounds + 1):
-                first_s, pace = await through_python(llm, options)
-                found["python"].append((statistics.median(first_s) * 1000, pace))
-                first_s, pace = await loop.run_in_executor(pool, over_http, *numbers)
-                found["http"].append((statistics.median(first_s) * 1000, pace))
+            for number in range(options.rounds + 1):
+                if number % 2:
+                    http.append(await loop.run_in_executor(pool, over_http, *numbers))
+                python.append(await through_python(llm, options))
+                if not number % 2:
+                    http.append(await loop.run_in_executor(pool, over_http, *numbers))
     finally:
         server.handle_exit(0, None)
         thread.join()
         await llm.close()
-    rounds = {way: values[1:] for way, values in found.items()}
-    ttft_ms = {way: statistics.median(one[0] for one in values) for way, values in rounds.items()}
-    pace = {way: statistics.median(one[1] for one in values) for way, values in rounds.items()}
-    pairs = zip(rounds["python"], rounds["http"], strict=True)
-    added = [http[0] - python[0] for python, http in pairs]
+    return compare(python[1:], http[1:])
+
+
+def compare(python: list[Round], http: list[Round]) -> dict[str, Any]:
+    """Medians over all requests, and over the rounds' ratios."""
+    ratios = [ours.tokens_per_s / theirs.tokens_per_s for theirs, ours in zip(python, http, strict=True)]
+    outside_ms, seen_ms = {}, {}
+    for way, rounds in (("python", python), ("http", http)):
+        outside_ms[way] = 1e3 * statistics.median(s for one in rounds for s in one.outside_s)
+        seen_ms[way] = 1e3 * statistics.median(s for one in rounds for s, _ in one.ttft_s)
     return {
-        "ttft_p50_ms": ttft_ms,
-        "tokens_per_s": pace,
-        "added_ttft_p50_ms": statistics.median(added),
-        "throughput_ratio": pace["http"] / pace["python"],
-        "rounds": rounds,
+        "ttft_p50_ms": seen_ms,
+        "outside_the_ledger_p50_ms": outside_ms,
+        "added_ttft_p50_ms": outside_ms["http"] - outside_ms["python"],
+        "tokens_per_s": {
+            "python": [one.tokens_per_s for one in python],
+            "http": [one.tokens_per_s for one in http],
+        },
+        "throughput_ratio": statistics.median(ratios),
+        "throughput_ratios": ratios,
     }
 
 
@@ -136,8 +168,8 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--requests", type=int, default=2, help="of each stream in a round")
-    parser.add_argument("--output-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     results = asyncio.run(measure(options))

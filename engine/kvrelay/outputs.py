@@ -95,7 +95,7 @@ class OutputStream:
             part=request.ledger.part(),
             age_s=now_s - request.ledger.arrived_s,
             num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=len(self.token_ids),
+            num_output_tokens=len(request.token_ids) - request.num_prompt_tokens,
             prefill=request.prefill,
             decode=request.decode,
         )
@@ -114,13 +114,12 @@ class OutputStream:
         tokens = [] if update.token_id is None else [update.token_id]
         logprobs = [] if update.logprobs is None else [update.logprobs]
         self.logprobs += logprobs
+        num_tokens = len(self.request.token_ids) - self.request.num_prompt_tokens
         text = self.detokenizer.push(
             tokens,
             is_last=update.finish_reason is not None,
-            may_stop=len(self.request.token_ids) - self.request.num_prompt_tokens
-            > self.request.params.min_tokens,
+            may_stop=num_tokens > self.request.params.min_tokens,
         )
-        is_first = len(self.token_ids) == 1
         is_to_stop = self.detokenizer.is_stopped and update.finish_reason is None
         reason: FinishReason | None = "stop" if self.detokenizer.is_stopped else update.finish_reason
         output = None if is_to_stop or reason is None else self._output(reason, update.at_s)
@@ -130,7 +129,7 @@ class OutputStream:
                 text=text,
                 token_ids=tokens,
                 logprobs=logprobs,
-                prompt_logprobs=self._prompt_logprobs() if is_first else None,
+                prompt_logprobs=self._prompt_logprobs() if num_tokens == 1 else None,
                 output=output,
             )
         )
