@@ -84,6 +84,7 @@ def run(command: list[str], place: Path, **environment: str) -> str:
         command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if done.returncode:
+        (place / "failed.txt").write_text(done.stdout + done.stderr)
         raise ClientFailed(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return done.stdout
 
@@ -189,15 +190,15 @@ def guidellm_replay(scene: Scene) -> Counts:
         "prompt_tokens_column": "input_length",
         "output_tokens_column": "output_length",
     }
-    return _guidellm(scene, "kind=replay", json.dumps(data))
+    return _guidellm(scene, "kind=replay", json.dumps(data), len(rows))
 
 
-def _guidellm(scene: Scene, profile: str, data: str) -> Counts:
+def _guidellm(scene: Scene, profile: str, data: str, most: int = 4) -> Counts:
     programs, work = scene.python("guidellm", "guidellm"), scene.work("guidellm")
     command = [str(programs / "guidellm"), "run", "--profile", profile, "--data", data]
     command += ["--backend", f"kind=openai_http,target={scene.url},model={MODEL}"]
     command += ["--tokenizer", f"kind=huggingface_auto,model={scene.tokenizer}", "--disable-console"]
-    command += ["--constraint", "kind=max_requests,count=4", "--output", "kind=json,path=result.json"]
+    command += ["--constraint", f"kind=max_requests,count={most}", "--output", "kind=json,path=result.json"]
     run(command, work, HF_HUB_OFFLINE="1", GUIDELLM__MAX_WORKER_PROCESSES="1")
     runs = read_result(work / "result.json")["benchmarks"]
     done = [one for each in runs for one in each["requests"]["successful"]]

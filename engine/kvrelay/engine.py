@@ -94,15 +94,11 @@ class Engine:
             raise EngineClosed("the engine is closed")
         arrived_s = time.monotonic()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_length(len(token_ids))
         check_tokens(token_ids, self.spec.vocab_size)
         check_tokens([0, *params.stop_token_ids], self.spec.vocab_size, "stop_token_ids")
         check_tokens([0, *params.logit_bias], self.spec.vocab_size, "logit_bias")
         self._check_attention(params)
-        if len(token_ids) >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(token_ids)} tokens; max_model_len={self.max_model_len} "
-                "must leave room for at least one more"
-            )
         max_total = min(len(token_ids) + params.max_tokens, self.max_model_len)
         self._runtime.router.fleet.check_fits(len(token_ids), max_total)
         text = prompt if isinstance(prompt, str) else None
@@ -194,6 +190,13 @@ class Engine:
             1e3 * hand_off_s,
             fleet.local_prefill_tokens,
         )
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {num_tokens} tokens; max_model_len={self.max_model_len} "
+                "must leave room for at least one more"
+            )
 
     def _check_attention(self, params: SamplingParams) -> None:
         if params.attention is None:

@@ -198,6 +198,10 @@ class Detokenizer:
 
     def _num_undecided(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        ends = range(min(longest, len(self.text)), 0, -1)
-        return next((n for n in ends if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
+        return max((self._num_begun(stop) for stop in self._stop), default=0)
+
+    def _num_begun(self, stop: str) -> int:
+        at = self.text.find(stop[0], max(0, len(self.text) - len(stop) + 1))
+        while at >= 0 and not stop.startswith(self.text[at:]):
+            at = self.text.find(stop[0], at + 1)
+        return 0 if at < 0 else len(self.text) - at

@@ -59,6 +59,18 @@ def test_a_failed_probe_doubles_the_pause_up_to_a_limit() -> None:
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *[MAX_COOL_DOWN_S] * 3]
 
 
+def test_a_success_makes_the_next_pause_short_again() -> None:
+    breaker = opened()
+    breaker.on_sent(COOL_DOWN_S)
+    breaker.on_failure(COOL_DOWN_S)
+    breaker.on_sent(COOL_DOWN_S + 2 * COOL_DOWN_S)
+    breaker.on_success()
+    for _ in range(MAX_FAILURES):
+        breaker.on_failure(10.0)
+    assert not breaker.allows(10.0 + COOL_DOWN_S - 0.01)
+    assert breaker.allows(10.0 + COOL_DOWN_S)
+
+
 def test_an_aborted_probe_leaves_the_decision_to_the_next() -> None:
     breaker = opened()
     breaker.on_sent(COOL_DOWN_S)

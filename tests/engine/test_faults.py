@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,28 @@ def test_a_stopped_worker_is_given_up_and_its_requests_move(tiny_directory: Path
         alive = {worker.worker_id: worker.is_alive for worker in llm.report().workers}
     assert [output.token_ids for output in outputs] == expected_tokens(tiny_directory)
     assert alive == {"prefill-0": True, "decode-0": False, "decode-1": True}
+
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_who_was_stopped_together_goes_on_together(tiny_directory: Path) -> None:
+    """The router sleeps as long as its workers, and longer than it would wait for one: nobody is given up."""
+    with tiny_llm(tiny_directory, transport="shm", worker_timeout_s=2.0) as llm:
+        pids = [worker.pid for worker in llm.report().workers]
+
+        def sleep(_: float) -> None:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(3.0)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+        events: list[StreamEvent] = []
+        llm.engine.submit(llm.engine.prepare(prompts(300)[0], greedy(200)), events.append)
+        llm.engine._runtime.call(sleep).result()
+        outputs = llm.generate(prompts(10), greedy(4))
+        assert len(outputs[0].token_ids) == 4
+        assert all(worker.is_alive for worker in llm.report().workers)
+        assert llm.report().num_requests["retried"] == 0
 
 
 def test_aborts_at_any_point_free_everything(tiny_directory: Path) -> None:

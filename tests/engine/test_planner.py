@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,20 @@ from hypothesis import strategies as st
 
 from kvrelay.experiments.simulated_worker import WorkerModel
 from kvrelay.experiments.simulation import Arrival, Simulation
-from kvrelay.router.planner import PATIENCE_S, PAUSE_S, Decision, Planner, PoolState
+from kvrelay.router.core import Router
+from kvrelay.router.planner import (
+    MANY_MISSED,
+    PATIENCE_S,
+    PAUSE_S,
+    Decision,
+    Planner,
+    PoolPlanner,
+    PoolState,
+    pool_state,
+)
+from kvrelay.router.policies import open_policy
+from kvrelay.types import Role, WorkerId
+from tiny_engine import hello
 
 CALM = PoolState(num_prefill=2, num_decode=2, prefill_backlog_s=0.0, decode_taken=0.6)
 PREFILL_SHORT = PoolState(num_prefill=1, num_decode=3, prefill_backlog_s=9.0, decode_taken=0.1)
@@ -47,6 +61,70 @@ def test_overload_of_both_pools_moves_nobody_and_neither_does_the_last_worker() 
     assert decisions([(CALM, 100), (BOTH_SHORT, 100)]) == []
     last = PoolState(num_prefill=1, num_decode=1, prefill_backlog_s=9.0, decode_taken=0.1)
     assert decisions([(last, 100)]) == []
+
+
+def test_missed_gaps_are_a_shortage_of_decode_however_few_slots_are_taken() -> None:
+    missed = PoolState(
+        num_prefill=2, num_decode=1, prefill_backlog_s=0.0, decode_taken=0.3, itl_missed=MANY_MISSED + 0.01
+    )
+    assert decisions([(missed, PATIENCE_S + 1)]) == [(PATIENCE_S, "decode")]
+    assert decisions([(replace(missed, itl_missed=MANY_MISSED), 100)]) == []
+
+
+def pool(*roles: Role) -> Router:
+    router = Router(open_policy("least_loaded"), lambda to, what: None, lambda update: None)
+    for number, role in enumerate(roles):
+        router.fleet.add(hello(f"{role}-{number}", role))
+    return router
+
+
+def test_the_backlog_is_shared_by_the_prefill_workers() -> None:
+    router = pool("prefill", "prefill", "decode")
+    loads = list(router.fleet.loads.values())
+    loads[0].num_prefill_tokens = 4000
+    loads[0].add_prefill(1000, 1.0)
+    loads[1].add_prefill(1000, 1.0)
+    loads[2].num_requests = loads[2].max_num_seqs // 4
+    state = pool_state(router, 0.2, 0.1)
+    assert state == PoolState(
+        num_prefill=2,
+        num_decode=1,
+        prefill_backlog_s=2.0,
+        decode_taken=0.25,
+        ttft_missed=0.2,
+        itl_missed=0.1,
+    )
+
+
+class Desk:
+    """What a planner of the pool asks for: nothing is changed, everything is noted."""
+
+    is_busy = False
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, str]] = []
+        self.num_looks = 0
+
+    def begin(self, worker_id: str, role: str, now_s: float, on_done: object) -> None:
+        self.begun.append((worker_id, role))
+
+    def missed(self, now_s: float) -> tuple[float, float]:
+        self.num_looks += 1
+        return (1.0, 0.0)
+
+
+def test_the_idlest_worker_changes_and_the_pools_are_looked_at_once_a_second() -> None:
+    router, note = pool("prefill", "decode", "decode", "decode"), Desk()
+    for worker_id, count in (("decode-1", 3), ("decode-2", 1), ("decode-3", 2)):
+        router.fleet.loads[WorkerId(worker_id)].num_requests = count
+    planner = PoolPlanner(router, note, note)  # type: ignore[arg-type]
+    for tenth in range(int(10 * PATIENCE_S) + 1):
+        planner.step(tenth / 10)
+    assert note.begun == [("decode-2", "prefill")]
+    assert note.num_looks == PATIENCE_S + 1
+    note.is_busy = True
+    planner.step(10 * PAUSE_S)
+    assert note.num_looks == PATIENCE_S + 1, "one change at a time"
 
 
 def test_a_reason_has_the_figures() -> None:

@@ -168,6 +168,48 @@ def test_a_handshake_that_fails_or_is_lost_rolls_back(connects: str, kind: type[
         assert f"connecting took longer than {STEP_S:g} s" in str(world.done[0])
 
 
+def test_each_switch_is_an_epoch_of_its_own_and_so_is_each_switch_back() -> None:
+    """The request that verifies is ended from outside: that is rolled back, and the next has a new name."""
+    world = ChangingWorld(0, 0.0)
+    world.change("d1", "prefill", 1.0)
+    world.change("d1", "prefill", 30.0)
+    names: list[str] = []
+
+    def spoil() -> None:
+        found = [name for name in world.router.requests if name.startswith("probe-")]
+        if found and not names:
+            assert world.role("d1") == ("prefill", 2, True), "others stay away until it is verified"
+            world.router.finish(found[0], "abort", world.network.now_s)
+        names.extend(name for name in found if name not in names)
+        if len(world.done) < 2:
+            world.network.later(spoil, world.network.now_s + 0.05)
+
+    world.network.later(spoil, 1.0)
+    world.network.run()
+    assert [str(error) for error in world.done] == ["the request that verifies it was aborted", "None"]
+    assert names == ["probe-d1-prefill-2", "probe-d1-prefill-4"]
+    assert world.role("d1") == ("prefill", 4, False)
+    check_rest(world, [])
+
+
+def test_a_verification_that_takes_too_long_is_rolled_back_once() -> None:
+    world = ChangingWorld(0, 0.0)
+    world.change("d1", "prefill", 1.0)
+
+    def hurry() -> None:
+        if any(name.startswith("probe-") for name in world.router.requests):
+            world.roles.step(world.network.now_s + STEP_S + 1)
+            assert not world.router.requests, "the request is ended too"
+        elif not world.done:
+            world.network.later(hurry, world.network.now_s + 0.05)
+
+    world.network.later(hurry, 1.0)
+    world.network.run()
+    assert [str(error) for error in world.done] == ["d1 as prefill: verifying took longer than 60 s"]
+    assert world.role("d1") == ("decode", 3, False)
+    check_rest(world, [])
+
+
 def test_requests_that_do_not_end_in_time_are_moved() -> None:
     world = ChangingWorld(1, 0.0)
     long = [request(number, 65, 400) for number in range(4)]

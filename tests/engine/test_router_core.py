@@ -424,6 +424,8 @@ def test_auto_says_which_it_took() -> None:
         pair.prefill.watts = {"prefill": 5.0, "decode": 5.0}
     policy.choose(cached, plain)
     assert policy.taken["energy_aware"] == 1
+    policy.choose(Job(num_tokens=100), plain)
+    assert policy.taken == {"energy_aware": 1, "prefix_aware": 1, "least_loaded": 3}, "no SLO, no trade"
 
 
 def test_blocks_that_decode_has_cached_are_not_counted_again() -> None:

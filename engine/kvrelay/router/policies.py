@@ -75,10 +75,7 @@ class EnergyAware:
         kept = [pair for pair in pairs if pair.keeps_slo(job)]
         if not kept:
             return min(pairs, key=lambda pair: _sooner(pair, job))
-        unknown = [pair for pair in kept if pair.joules(job) is None]
-        if unknown:
-            return min(unknown, key=_load)
-        return min(kept, key=lambda pair: (pair.joules(job) or 0.0, *_load(pair)))
+        return min(kept, key=lambda pair: (pair.joules(job) or 0.0, *_load(pair)))  # unknown: as if none
 
 
 class Auto:

@@ -23,6 +23,7 @@ from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Connected, Hello, Message, Shutdown, StartFailed, StepReport, Stopped
 
 TICK_S = 0.05
+ASLEEP_S = 1.0  # a step that comes so late means that the process did not run
 LAST_WORDS_S = 0.2  # how long a dead worker's last messages may still be on their way
 STOP_TIMEOUT_S = 10.0
 MAX_MESSAGES_PER_STEP = 1000
@@ -65,6 +66,7 @@ class Runtime:
         self._waiting_for = {worker_id for worker_id, _ in config.roles()}
         self._ready: Future[None] = Future()
         self._heard_s: dict[WorkerId, float] = {}
+        self._looked_s = time.monotonic()
         self._stopped: dict[WorkerId, int] = {}
         self._closing = False
         self._failure: KVRelayError | None = None
@@ -216,6 +218,9 @@ class Runtime:
             self.router.on_worker_dead(worker_id, reason, time.monotonic())
 
     def _check_silence(self, now_s: float) -> None:
+        slept_s, self._looked_s = now_s - self._looked_s, now_s
+        if slept_s > ASLEEP_S:  # this process was stopped, as workers may have been: silence counts from now
+            self._heard_s = dict.fromkeys(self._heard_s, now_s)
         for worker_id, totals in self.router.workers.items():
             silent_s = now_s - self._heard_s.get(worker_id, now_s)
             if (

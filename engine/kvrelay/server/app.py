@@ -18,7 +18,7 @@ from kvrelay.engine import Engine
 from kvrelay.errors import EngineClosed, KVRelayError
 from kvrelay.server.body import read_body
 from kvrelay.server.errors import Refused, error_response
-from kvrelay.server.gate import Gate
+from kvrelay.server.gate import CARRIED, Gate
 from kvrelay.server.generation import ClientGone, EventBridge, Generation
 from kvrelay.server.live import add_live_page
 from kvrelay.server.openapi import Documents
@@ -27,7 +27,7 @@ from kvrelay.server.plan import Plan, plan_chat, plan_completion
 from kvrelay.server.requests import ChatRequest, CompletionRequest, Sampling, parse
 from kvrelay.server.responses import ChatChunk, ChatCompletion, Completion
 from kvrelay.server.service import Service
-from kvrelay.server.streaming import Chunks, EventStream
+from kvrelay.server.streaming import Chunks, EventStream, beside_loop
 from kvrelay.server.writers import ChatWriter, CompletionWriter, Head, Writer
 from kvrelay.server_config import ServerConfig
 from kvrelay.version import __version__
@@ -113,12 +113,13 @@ async def _answer(
     try:
         generation.watch(request.receive)
         if not asked.stream:
-            document = writer.whole(await generation.outputs())
+            outputs = await generation.outputs()
             generation.close()
-            return Response(msgspec.json.encode(document), media_type="application/json")
+            content = await beside_loop(plan.num_logprobs, lambda: msgspec.json.encode(writer.whole(outputs)))
+            return Response(content, media_type="application/json")
         bursts = generation.bursts()
         first = await anext(bursts)
-    except BaseException:
+    except BaseException:  # cancelled too: nothing may go on for nobody
         generation.close()
         raise
     chunks = Chunks(plan, writer, asked.stream_options)
@@ -126,6 +127,7 @@ async def _answer(
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    """The border: whatever went wrong is OpenAI's error object to the client; the log has what it was."""
     if isinstance(error, ClientGone):
         return Response(status_code=499)  # nobody reads it
     if isinstance(error, HTTPException):
@@ -133,4 +135,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         error = Refused(error.status_code, message, headers=error.headers)
     if isinstance(error, RequestValidationError):
         error = Refused(400, "; ".join(str(one["msg"]) for one in error.errors()))
-    return error_response(error)
+    response = error_response(error)
+    if not isinstance(error, KVRelayError | Refused):  # answered outside the gate, which marks all others
+        response.raw_headers += [*request.scope[CARRIED], (b"connection", b"close")]  # as uvicorn will
+    return response

@@ -3,7 +3,8 @@
 from asyncio import TimerHandle, Transport
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kvrelay.server.errors import Refused, error_body
 from kvrelay.server_config import ServerConfig
@@ -18,6 +19,7 @@ def limited_connection(config: ServerConfig) -> type[HttpToolsProtocol]:
         _is_in_head = True
         _num_head_bytes = 0
         _head_timer: TimerHandle | None = None
+        _running: RequestResponseCycle | None = None
 
         def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -25,7 +27,15 @@ def limited_connection(config: ServerConfig) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            self.pipeline.clear()
+            if self._running is not None:  # uvicorn tells the request that came last, not the one that runs
+                self._running.disconnected = True
+                self._running.message_event.set()
             super().connection_lost(exc)
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
 
         def data_received(self, data: bytes) -> None:
             if self._is_in_head:  # a body that came along is counted too: the limit is not that exact

@@ -18,6 +18,7 @@ _KINDS: dict[type[errors.KVRelayError], tuple[int, str, str | None]] = {  # the 
     errors.EngineClosed: (503, "server_error", "shutting_down"),
     errors.KVRelayError: (500, "server_error", None),
 }
+MAX_MESSAGE = 1000  # characters: what a client sent must not come back by the megabyte
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -44,6 +45,8 @@ def error_body(error: Exception) -> tuple[int, ErrorResponse]:
     else:
         status, kind, code = 500, "server_error", None
         message = f"internal error ({type(error).__name__}); the server's log has the details"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]} … ({len(message)} characters)"
     return status, ErrorResponse(error=ErrorBody(message=message, type=kind, param=param, code=code))
 
 

@@ -16,7 +16,8 @@ from kvrelay.server_config import ServerConfig
 
 OPEN_PATHS = ("/health",)
 MAX_ID_CHARACTERS = 256
-_CARRIED = ("traceparent", "tracestate")
+CARRIED = "kvrelay.carried"  # where the scope holds the headers that go back
+_ECHOED = ("traceparent", "tracestate")
 
 
 class Gate:
@@ -34,7 +35,9 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _is_plain(given) else uuid.uuid4().hex
         carried = [(b"x-request-id", request_id.encode())]
-        carried += [(n.encode(), headers[n].encode()) for n in _CARRIED if _is_plain(headers.get(n, ""))]
+        carried += [(n.encode(), headers[n].encode()) for n in _ECHOED if _is_plain(headers.get(n, ""))]
+
+        scope[CARRIED] = carried
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":

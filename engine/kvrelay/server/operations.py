@@ -109,7 +109,9 @@ def _add_tokens(router: APIRouter, service: Service, documents: Documents) -> No
         """The text of tokens, special ones left out."""
         asked = parse(await read_body(request, service.config), DetokenizeRequest)
         service.check_model(asked.model)
-        size = service.engine.spec.vocab_size
+        size, longest = service.engine.spec.vocab_size, service.engine.max_model_len
+        if len(asked.tokens) > longest:
+            raise InvalidRequest(f"tokens: {len(asked.tokens)} of them; at most max_model_len={longest}")
         wrong = next((token for token in asked.tokens if token >= size), None)
         if wrong is not None:
             raise InvalidRequest(f"tokens: token id {wrong} is not in 0 to {size - 1}")

@@ -16,6 +16,7 @@ from kvrelay.types import SamplingParams
 
 MAX_REQUESTS = 1024  # prompts x n of one HTTP request
 LARGE_TEXT = 16_384  # characters from which tokenising leaves the loop
+MAX_LOGPROB_ENTRIES = 2**22  # of one HTTP request: tokens x log-probabilities of each
 _SAME_NAME = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "priority"),
@@ -39,6 +40,20 @@ class Plan:
         """Tokens of all prompts, each counted once."""
         return sum(len(request.token_ids) for request in self.prepared[:: self.n])
 
+    @property
+    def num_logprobs(self) -> int:
+        """Log-probabilities that the answer may hold, at most."""
+        return sum(_num_logprobs(request) for request in self.prepared)
+
+    def check_size(self) -> "Plan":
+        """The plan itself. Raises `InvalidRequest` when its answer could take far too much memory."""
+        if self.num_logprobs > MAX_LOGPROB_ENTRIES:
+            raise InvalidRequest(
+                f"logprobs: {len(self.prepared)} choices could have {self.num_logprobs} in all; at most "
+                f"{MAX_LOGPROB_ENTRIES}: ask for fewer, or set max_tokens"
+            )
+        return self
+
 
 async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
     """Check a completion request. Raises `InvalidRequest` naming the field."""
@@ -59,13 +74,14 @@ async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
         one = await _prepare(engine, prompt, params, special)
         _check_length(engine, one, max_tokens if asked.max_tokens is not None else 1)
         prepared += _repeat(one, n)
+        await asyncio.sleep(0)  # many prompts take long: others get their turn
     return Plan(
         prompts=prompts,
         prepared=prepared,
         n=n,
         is_prompt_only=max_tokens == 0,
         with_measured=asked.kvrelay is True,
-    )
+    ).check_size()
 
 
 async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
@@ -82,7 +98,8 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
     one = await _prepare(engine, text, params, False)
     _check_length(engine, one, limit or 1)
     n = asked.n or 1
-    return Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
+    plan = Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
+    return plan.check_size()
 
 
 def render(engine: Engine, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
@@ -150,6 +167,13 @@ def _check_length(engine: Engine, prepared: Prepared, max_tokens: int) -> None:
             f"max_tokens={max_tokens}: with {len(prepared.token_ids)} prompt tokens that makes {needed}; "
             f"max_model_len={engine.max_model_len}"
         )
+
+
+def _num_logprobs(prepared: Prepared) -> int:
+    params, num_prompt = prepared.params, len(prepared.token_ids)
+    of_prompt = 0 if params.prompt_logprobs is None else params.prompt_logprobs + 1
+    of_answer = 0 if params.logprobs is None else params.logprobs + 1
+    return num_prompt * of_prompt + (prepared.max_total_tokens - num_prompt) * of_answer
 
 
 def _repeat(prepared: Prepared, n: int) -> list[Prepared]:

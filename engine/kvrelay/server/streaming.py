@@ -3,6 +3,7 @@
 Source of the format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 
@@ -19,6 +20,7 @@ from kvrelay.server.plan import Plan
 from kvrelay.server.requests import StreamOptions
 from kvrelay.server.writers import MaybeUsage, Writer, total_usage
 
+MANY_LOGPROBS = 1000
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -59,9 +61,9 @@ class Chunks:
     async def pieces(self, first: Burst, rest: AsyncIterator[Burst]) -> AsyncGenerator[bytes, None]:
         """`first`, which has come already, then the rest; an error on the way is the last event but one."""
         try:
-            yield self._encode(first)
+            yield await self._encode(first)
             async for burst in rest:
-                yield self._encode(burst)
+                yield await self._encode(burst)
             if self._at_end:
                 usage = total_usage(self._plan, self._num_tokens)
                 yield _event(self._writer.usage_chunk(usage))
@@ -69,18 +71,26 @@ class Chunks:
             yield _event(error_body(error)[1])
         yield DONE
 
-    def _encode(self, burst: Burst) -> bytes:
-        return b"".join(
-            _event(chunk)
-            for index, event in _merged(burst)
-            for chunk in self._writer.chunks(index, event, self._usage(event))
-        )
+    async def _encode(self, burst: Burst) -> bytes:
+        def encoded() -> bytes:
+            return b"".join(
+                _event(chunk)
+                for index, event in _merged(burst)
+                for chunk in self._writer.chunks(index, event, self._usage(event))
+            )
+
+        return await beside_loop(sum(len(event.prompt_logprobs or ()) for _, event in burst), encoded)
 
     def _usage(self, event: StreamEvent) -> MaybeUsage:
         self._num_tokens += len(event.token_ids)
         if self._always:
             return total_usage(self._plan, self._num_tokens)
         return None if self._at_end else UNSET
+
+
+async def beside_loop(num_logprobs: int, encoded: Callable[[], bytes]) -> bytes:
+    """What `encoded` returns; made on a thread where that takes long, so that others are served meanwhile."""
+    return await asyncio.to_thread(encoded) if num_logprobs > MANY_LOGPROBS else encoded()
 
 
 def _merged(burst: Burst) -> Iterable[tuple[int, StreamEvent]]:
