@@ -159,7 +159,8 @@ def test_requests_sent_ahead_are_answered_in_order(served: Served) -> None:
     assert said.count(b"HTTP/1.1 200") == 21
     assert said.count(b"[DONE]") == 10
     wholes = [line for line in said.split(b"\r\n") if line.startswith(b'{"id"')]
-    counts = [json.loads(line)["usage"]["completion_tokens"] for line in wholes]
+    documents = [json.JSONDecoder().raw_decode(line.decode())[0] for line in wholes]
+    counts = [document["usage"]["completion_tokens"] for document in documents]
     assert counts == list(range(1, 21, 2))
     assert said.endswith(b'{"status":"ok","reason":null}')
 
