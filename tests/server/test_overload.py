@@ -19,7 +19,7 @@ def test_ten_times_the_sustainable_rate_is_refused_and_what_is_accepted_stays_fa
     from openai_client import Target
 
     load = overload.Load(
-        prompt="x" * 200, output_tokens=100, queue=4, at_once=2, times=10.0, seconds=4.0, num_calm=3
+        prompt="x" * 200, output_tokens=400, queue=4, at_once=2, times=10.0, seconds=4.0, num_calm=3
     )
     limits = {"max_queued_requests": load.queue, "max_num_seqs": load.at_once, "verify_kv": False}
     with tiny_server(tiny_directory, **limits) as served:
@@ -29,5 +29,5 @@ def test_ten_times_the_sustainable_rate_is_refused_and_what_is_accepted_stays_fa
         assert counts["finished"] == load.num_calm + 6 * load.at_once + results["accepted"]
         assert counts["failed"] == counts["aborted"] == 0
     monkeypatch.setattr(overload, "LEAST_SERVED", 0.5)
-    assert results["accepted"] >= 5
+    assert results["accepted"] >= load.queue + load.at_once
     assert overload.gate_of(results).passed, results
