@@ -153,9 +153,13 @@ class TreeGroup {
         kept.push_back(node);
       }
     }
-    auto scored = bound_shares(boxed, homes, stats_.coarse_minimum, stats_.coarse_maximum);
-    keep_top(scored, size_t(config_.beam));
-    for (const auto &[share, node] : scored) kept.push_back(node);
+    if (boxed.size() > size_t(config_.beam)) {
+      auto scored = bound_shares(boxed, homes, stats_.coarse_minimum, stats_.coarse_maximum);
+      keep_top(scored, size_t(config_.beam));
+      boxed.clear();
+      for (const auto &[share, node] : scored) boxed.push_back(node);
+    }
+    kept.insert(kept.end(), boxed.begin(), boxed.end());
     return kept;
   }
 

@@ -11,6 +11,8 @@ FLOATING = (float64, float32, float16, bf16)
 
 def check_shape(argument: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """Raise unless ``tensor`` has ``shape``; a string in ``shape`` names a dimension of any size."""
+    if tensor.shape == shape:
+        return
     matches = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True)
     )

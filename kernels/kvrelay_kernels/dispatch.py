@@ -1,6 +1,7 @@
 """Finds the implementation of an operation: one asked for by name runs or raises, ``auto`` picks the best."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -65,10 +66,15 @@ def _why_not(operation: str, name: str, like: Tensor) -> str | None:
         return f"tensors are on {like.device}, needed cpu"
     if name == "cpu-native" and (reason := why_not_native(like.dtype, like.shape[-1])):
         return reason
-    package, _, _ = _module(name, operation).rpartition(".")
-    if find_spec(package) is None or find_spec(_module(name, operation)) is None:
+    if not _is_there(name, operation):
         return f"this version has no {name} kernel of it"
     return None
+
+
+@cache
+def _is_there(name: str, operation: str) -> bool:
+    module = _module(name, operation)
+    return find_spec(module.rpartition(".")[0]) is not None and find_spec(module) is not None
 
 
 def _module(name: str, operation: str) -> str:

@@ -47,13 +47,17 @@ def empty_selection(
     q: Tensor, kv: PagedKV, config: SelectionConfig, cu_seqlens_q: Tensor | None
 ) -> BlockSelection:
     """Empty lists of the right shape, to be filled; ``cu_q_blocks`` is final."""
-    decode = cu_seqlens_q is None
-    slots = kv.batch if decode else num_query_block_slots(q.shape[0], kv.batch)
-    blocks_of = q.new_ones(kv.batch, dtype=torch.int32) if decode else _query_blocks(cu_seqlens_q)
+    if cu_seqlens_q is None:
+        slots = kv.batch
+        bounds = torch.arange(kv.batch + 1, dtype=torch.int32, device=q.device)
+    else:
+        slots = num_query_block_slots(q.shape[0], kv.batch)
+        blocks_of = (cu_seqlens_q.diff() + BLOCK_SIZE - 1) // BLOCK_SIZE
+        bounds = torch.nn.functional.pad(blocks_of.cumsum(0), (1, 0)).to(torch.int32)
     return BlockSelection(
         indices=q.new_full((slots, kv.num_kv_heads, config.budget), -1, dtype=torch.int32),
         counts=q.new_zeros((slots, kv.num_kv_heads), dtype=torch.int32),
-        cu_q_blocks=torch.nn.functional.pad(blocks_of.cumsum(0), (1, 0)).to(torch.int32),
+        cu_q_blocks=bounds,
     )
 
 
@@ -95,11 +99,6 @@ def check_aligned(chunk: Chunk) -> None:
             needed=f"chunk offset (seq_len - q_len) a multiple of {BLOCK_SIZE} in sparse prefill",
             got=f"{chunk.offset} for sequence {chunk.sequence}",
         )
-
-
-def _query_blocks(cu_seqlens_q: Tensor | None) -> Tensor:
-    assert cu_seqlens_q is not None
-    return (cu_seqlens_q.diff() + BLOCK_SIZE - 1) // BLOCK_SIZE
 
 
 def _load(name: str) -> Selector:
