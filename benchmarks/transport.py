@@ -25,6 +25,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,7 +183,7 @@ def main() -> None:
     with ExitStack() as stack:
         channels: dict[str, Channel] = {"memcpy": Memcpy(num_bytes), "TCP": Stream(num_bytes, stack)}
         for name in TRANSPORTS:
-            if name != "faulty":  # it carries nothing itself
+            if name != "faulty" and (name != "nixl" or find_spec("nixl")):  # the one carries nothing itself
                 channels[name] = Pages(name, num_blocks, stack)
         for index in range(-1, options.rounds):  # round -1 touches every page for the first time
             for name in list(channels)[:: -1 if index % 2 else 1]:

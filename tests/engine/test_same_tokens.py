@@ -34,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "max_num_seqs": 3,
     },
     "shm": {"transport": "shm"},
+    "nixl": {"transport": "nixl", "prefill_chunk_tokens": 64},
     "shm-2P2D-preempted": {
         "transport": "shm",
         "prefill_workers": 2,
@@ -61,6 +62,8 @@ def _transformers(directory: Path) -> list[list[int]]:
 @pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_tokens_equal_those_of_transformers(tiny_directory: Path, way: str) -> None:
+    if way == "nixl":
+        pytest.importorskip("nixl", reason="extra nixl")
     with tiny_llm(tiny_directory, **WAYS[way]) as llm:
         outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
         again = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))

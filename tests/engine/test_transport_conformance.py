@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -34,7 +35,12 @@ from kvrelay.wire import Descriptor, Filled, Filling
 
 NUM_BLOCKS = 6
 NUM_LAYERS = 3
-SPECS = [name for name in TRANSPORTS if name != "faulty"] + ["faulty:inner=inproc", "faulty:inner=shm"]
+without_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="nixl is not installed (extra nixl)")
+SPECS = [
+    *(name for name in TRANSPORTS if name not in ("faulty", "nixl")),
+    pytest.param("nixl", marks=without_nixl),
+    *("faulty:inner=inproc", "faulty:inner=shm"),
+]
 DECODE = WorkerId("decode-0")
 TICKET = TicketId("decode-0/1/1")
 
@@ -394,7 +400,7 @@ def test_unknown_transports_and_options_are_refused(opener: Opener) -> None:
         with pytest.raises(InvalidConfig, match=r"x|dorp|often"):
             opener(spec, "w")
     with pytest.raises(UnknownName, match="inproc"):
-        opener("faulty:inner=nixl", "w")
+        opener("faulty:inner=mooncake", "w")
 
 
 @pytest.mark.parametrize("option", ["drop=2", "drop=-1", "drop=nan", "limit=inf", "limit=nan", "delay_s=nan"])

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -58,9 +59,11 @@ def _meters() -> list[Finding]:
 
 
 def _transports() -> list[Finding]:
-    reasons = (
-        {} if sys.platform.startswith("linux") else {"shm": f"needs Linux memfd; this is {sys.platform}"}
-    )
+    reasons = {}
+    if not sys.platform.startswith("linux"):
+        reasons["shm"] = f"needs Linux memfd; this is {sys.platform}"
+    if find_spec("nixl") is None:
+        reasons["nixl"] = "not installed: pip install 'kvrelay[nixl]'"
     return [
         Finding(area="transport", name=name, available=name not in reasons, detail=reasons.get(name, "ready"))
         for name in TRANSPORTS

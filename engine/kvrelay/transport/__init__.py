@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TRANSPORTS = {
     "inproc": "kvrelay.transport.inproc:InprocTransport",
     "shm": "kvrelay.transport.shm:ShmTransport",
+    "nixl": "kvrelay.transport.nixl:NixlTransport",
     "faulty": "kvrelay.transport.faulty:FaultyTransport",
 }
 

@@ -7,7 +7,8 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,13 +21,18 @@ INLINE_BYTES = 128 << 10  # so much is copied in less time than waking a thread 
 
 
 class PageWriter:
-    """Copies posted writes on its own thread; `peers` maps a worker to its pages tensor.
+    """Copies posted writes on its own thread, in order; `peers` holds those that are connected.
 
-    A small write that nothing is waiting before, and that waits for nothing, is copied by its poster at once.
+    `copy(source pages, the peer's, write)` copies one write and returns its bytes, or raises. Where it is
+    `copy_layer`, `peers` holds their pages tensors.
+
+    A small write that nothing is waiting before, and that waits for nothing, `copy_layer` copies at once, on
+    its poster's thread.
     """
 
-    def __init__(self, name: str) -> None:
-        self.peers: dict[WorkerId, torch.Tensor] = {}
+    def __init__(self, name: str, copy: Callable[[torch.Tensor, Any, Write], int] | None = None) -> None:
+        self.peers: dict[WorkerId, Any] = {}
+        self._copy_pages = copy or copy_layer
         self.source: torch.Tensor | None = None
         self.wakeup = Wakeup()
         self.telemetry = Telemetry()
@@ -55,7 +61,7 @@ class PageWriter:
         self.wakeup.set()
 
     def _is_small(self, write: Write) -> bool:
-        if self.source is None or write.ready is not None:
+        if self.source is None or write.ready is not None or self._copy_pages is not copy_layer:
             return False
         return len(write.source_blocks) * 2 * self.source[0, 0, 0].nbytes <= INLINE_BYTES
 
@@ -111,7 +117,7 @@ class PageWriter:
             if write.ready is not None:
                 write.ready()
             start_s, cpu_s = time.monotonic(), time.thread_time()
-            num_bytes = copy_layer(self.source, self.peers[write.peer], write)
+            num_bytes = self._copy_pages(self.source, self.peers[write.peer], write)
         except Exception as error:  # noqa: BLE001  whatever it is, the write ends, and the thread goes on
             return WriteFailed(write, f"{type(error).__name__}: {error}")
         end_s = time.monotonic()
@@ -130,9 +136,9 @@ def copy_layer(source: torch.Tensor, target: torch.Tensor, write: Write) -> int:
 
     Raises `IndexError`, before anything is copied, when a layer or block lies outside either.
     """
-    _check_inside("layer", [write.layer], min(source.shape[0], target.shape[0]))
-    _check_inside("source block", write.source_blocks, source.shape[2])
-    _check_inside("target block", write.target_blocks, target.shape[2])
+    check_inside("layer", [write.layer], min(source.shape[0], target.shape[0]))
+    check_inside("source block", write.source_blocks, source.shape[2])
+    check_inside("target block", write.target_blocks, target.shape[2])
     for half in range(2):  # K, then V
         pages, landing = source[write.layer, half], target[write.layer, half]
         stretches = runs(write.source_blocks, write.target_blocks)
@@ -153,7 +159,8 @@ def _copy_in_memory(
         ctypes.memmove(landing_at + first_place * size, pages_at + first_page * size, count * size)
 
 
-def _check_inside(what: str, indices: Sequence[int], size: int) -> None:
+def check_inside(what: str, indices: Sequence[int], size: int) -> None:
+    """Raise `IndexError` for an index outside 0 to size - 1."""
     if indices and not 0 <= min(indices) <= max(indices) < size:
         raise IndexError(f"{what} {min(indices)} to {max(indices)} lies outside 0 to {size - 1}")
 
