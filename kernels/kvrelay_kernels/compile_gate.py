@@ -143,6 +143,10 @@ def operations(shape: GateShape) -> dict[str, Callable[[], object]]:
         config = SelectionConfig(budget=shape.budget, selector=name)
         return select_blocks(q if cu is not None else q[:2], kv, config, cu, stats, 0.1)
 
+    def select_exactly() -> BlockSelection:
+        config = SelectionConfig(budget=shape.budget, sampled_queries=64, top_p=0.98)
+        return select_blocks(q[:, :: shape.group], kv, config, cu_seqlens_q, stats, 0.1)
+
     calls: dict[str, Callable[[], object]] = {
         "paged_prefill": lambda: paged_prefill(q, kv, cu_seqlens_q, 0.1),
         "block_sparse_prefill": lambda: block_sparse_prefill(q, kv, cu_seqlens_q, lists[5], 0.1),
@@ -150,6 +154,7 @@ def operations(shape: GateShape) -> dict[str, Callable[[], object]]:
         "block_sparse_decode": lambda: block_sparse_decode(q[:2], kv, lists[2], 0.1),
         "merge_attention_states": lambda: merge_attention_states(parts, parts[..., 0].contiguous()),
         "kv_block_stats": lambda: kv_block_stats(kv),
+        "select_blocks tree exact": select_exactly,
     }
     for name in SELECTORS:
         calls[f"select_blocks {name} prefill"] = partial(select, name, cu_seqlens_q)

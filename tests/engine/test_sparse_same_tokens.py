@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvrelay import SamplingParams, SparseAttention
@@ -61,6 +62,19 @@ def test_sparse_tokens_are_equal_in_every_way(
     longest = outputs[-1].attention
     assert longest["prefill"].share_of_pairs < 0.7
     assert longest["decode"].share_of_pairs < 0.5
+
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_tokens_of_exact_lists_are_equal_whole_and_cut_up(tiny_directory: Path) -> None:
+    exact = msgspec.structs.replace(SPARSE, exact=True, top_p=0.9)
+    found = []
+    for way in ({"mode": "colocated", "max_num_seqs": 1, "prefill_chunk_tokens": None}, WAYS["preempted"]):
+        with tiny_llm(tiny_directory, attention=exact, **way) as llm:
+            outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+            assert_all_blocks_home(llm)
+        found.append([output.token_ids for output in outputs])
+        assert outputs[-1].attention["prefill"].share_of_pairs < 0.7
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("mode", ["disaggregated", "colocated"])

@@ -90,6 +90,21 @@ def test_lists_agree_with_the_reference_up_to_ties(
             ), (mine, theirs)
 
 
+def test_ranking_by_every_query_of_one_head_is_the_oracles(impl: str, working_dtype: torch.dtype) -> None:
+    """Lists for each query head alone: one head of every group at a time, all 64 rows sampled."""
+    batch = make_batch([(64 * 4, 64 * 2), (64 * 7, 64)], dtype=working_dtype)
+    config = kk.SelectionConfig(budget=4, sampled_queries=64, candidate_factor=2.0)  # every block a candidate
+    for member in range(2):
+        alone = replace(batch, q=batch.q[:, member::2])
+        want = select(alone, replace(config, selector="oracle"))
+        got = select(alone, config, impl)
+        scores = reference_scores(alone, replace(config, selector="oracle"))
+        for slot, heads in enumerate(scores):
+            for head, score in enumerate(heads):
+                mine, best = (sum(score[b] for b in lists(which, slot, head)) for which in (got, want))
+                assert mine == pytest.approx(best, abs=1e-5)
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_decode_lists_at_every_length_edge(impl: str, working_dtype: torch.dtype, selector: str) -> None:
     skip_without_kernel(selector, impl)

@@ -26,7 +26,7 @@ from kvrelay_kernels.compile_gate import (
 WIDE = GateShape(group=4, head_dim=128)
 SAMPLE = [
     (90, WIDE, ["paged_prefill", "block_sparse_prefill", "block_sparse_decode", "kv_block_stats"]),
-    (90, WIDE, ["select_blocks tree prefill", "select_blocks tree decode"]),
+    (90, WIDE, ["select_blocks tree prefill", "select_blocks tree decode", "select_blocks tree exact"]),
     (80, GateShape(group=1, head_dim=64), ["block_sparse_prefill"]),
     (100, GateShape(group=8, head_dim=128), ["block_sparse_prefill"]),
 ]

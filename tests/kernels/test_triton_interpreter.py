@@ -23,6 +23,7 @@ SAMPLE = " or ".join(
         "scratch and 300",
         "(up_to_ties and (tree or quest))",
         "(without_the_oracle and tree)",
+        "is_the_oracles",
     ]
 )
 

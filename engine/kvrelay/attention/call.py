@@ -47,7 +47,8 @@ def selection_config(sparse: SparseAttention, *, one_by_one: bool) -> SelectionC
         local_blocks=sparse.local_blocks,
         top_p=sparse.top_p,
     )
-    return replace(config, sampled_queries=BLOCK_SIZE) if sparse.exact else config
+    every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
+    return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config
 
 
 class Call:
