@@ -116,12 +116,45 @@ def decode_step(record: dict[str, Any]) -> str:
     return _table(rows) + lines + _source(record, "decode_step.json")
 
 
+def quality(record: dict[str, Any]) -> str:
+    """Sparse against dense: text, needles and RULER, each beside dense on the same samples."""
+    rows = [
+        [
+            "settings",
+            "keys a query",
+            "top-1 as dense",
+            "KL (nats)",
+            "perplexity / dense",
+            "greedy tokens alike",
+            "needles found (dense)",
+            "RULER (dense)",
+        ]
+    ]
+    for name, row in record["results"]["table"].items():
+        text = ["-"] * 5
+        if row["texts"]:
+            text = [f"{row['tokens_per_query']:.0f}", f"{row['top1']:.1%}", f"{row['kl']:.3f}"]
+            text += [f"{row['ppl_ratio']:.3f}", f"{row['greedy_match']:.3g}"]
+        rows.append([f"`{name}`", *text, _beside_dense(row, "needle"), _beside_dense(row, "ruler")])
+    return _table(rows) + _source(record, "quality.json")
+
+
+def _beside_dense(row: dict[str, Any], part: str) -> str:
+    """A share with its standard error, dense's on the same questions, and how many those are."""
+    count = row[f"num_{part}_questions"]
+    if not count:
+        return "-"
+    own, error, dense = (100 * row[f"{part}{suffix}"] for suffix in ("", "_standard_error", "_of_dense"))
+    return f"{own:.0f} ± {error:.0f} % ({dense:.0f} %), n = {count}"
+
+
 TABLES = {
     "decode_step": decode_step,
     "disaggregation": disaggregation,
     "disaggregation_map": disaggregation_map,
     "interference": interference,
     "peers": peers,
+    "quality": quality,
     "selection": selection,
     "transport": transport,
 }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from kvrelay import SamplingParams, SparseAttention
 from kvrelay.errors import InvalidConfig, InvalidRequest
+from kvrelay.models.spec import ModelSpec
+from kvrelay.request_checks import check_layers
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (1, 2, 65, 257, 300, 513, 700, 840)
@@ -149,6 +152,14 @@ def test_a_long_prefill_tells_how_far_it_is(tiny_directory: Path, caplog: pytest
         (256, 700),
         (512, 700),
     ]
+
+
+def test_a_model_of_one_layer_may_be_sparse_but_has_no_second_layer(tiny_directory: Path) -> None:
+    one_layer = replace(ModelSpec.from_directory(tiny_directory), num_layers=1)
+    check_layers(SparseAttention(), one_layer)
+    check_layers(SparseAttention(dense_layers=(0,)), one_layer)
+    with pytest.raises(InvalidConfig, match="dense_layers=1: the model has layers 0 to 0"):
+        check_layers(SparseAttention(dense_layers=(0, 1)), one_layer)
 
 
 def test_what_cannot_be_done_is_refused(tiny_directory: Path) -> None:
