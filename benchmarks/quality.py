@@ -33,11 +33,13 @@ TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472
 SETTINGS: dict[str, SparseAttention | None] = {
     "dense": None,
-    "exact-1024": SparseAttention(budget_tokens=2048, top_p=0.98, exact=True, dense_below_tokens=0),
+    "exact-1024": SparseAttention(
+        budget_tokens=2048, top_p=0.98, exact=True, local_blocks=2, dense_below_tokens=0
+    ),
     "tree-1024": SparseAttention(budget_tokens=1024, dense_below_tokens=0),
     "tree-4096": SparseAttention(budget_tokens=4096, dense_below_tokens=0),
     "tree-2048": SparseAttention(budget_tokens=2048, dense_below_tokens=0),
-    "tree-512": SparseAttention(budget_tokens=512, dense_below_tokens=0),
+    "tree-512": SparseAttention(budget_tokens=512, local_blocks=4, dense_below_tokens=0),
     "quest-1024": SparseAttention(selector="quest", budget_tokens=1024, dense_below_tokens=0),
     "mean_pool-1024": SparseAttention(selector="mean_pool", budget_tokens=1024, dense_below_tokens=0),
 }

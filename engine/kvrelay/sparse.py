@@ -38,7 +38,7 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     selector: str = "tree"
     budget_tokens: int = 4096
     sink_blocks: int = 1
-    local_blocks: int = 2
+    local_blocks: int = 8
     dense_layers: tuple[int, ...] = ()
     dense_below_tokens: int | Literal["auto"] = "auto"
     decode_budget_tokens: int | None = None
