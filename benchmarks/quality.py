@@ -136,14 +136,12 @@ class Bench:
         logits = torch.cat([self._reader.model.logits(rows) for rows in hidden.split(128)])
         dense_path = self._work / f"{msgspec.structs.replace(cell, settings='dense').name}.safetensors"
         dense = load_file(dense_path)["hidden"]
-        scores = _compare(
-            logits, torch.cat([self._reader.model.logits(r) for r in dense.split(128)]), targets
-        )
+        scores = compare(logits, torch.cat([self._reader.model.logits(r) for r in dense.split(128)]), targets)
         (continued,) = self._reader.ask(cell.length, [after], CONTINUED_TOKENS, sparse)
         return msgspec.structs.replace(cell, scores=scores, continued=continued)
 
 
-def _compare(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def compare(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     """Mean negative log-likelihood in nats, top-1 agreement, and KL(dense || sparse) in nats per token."""
     log_p, log_q = dense.log_softmax(-1), logits.log_softmax(-1)
     return {

@@ -1,15 +1,18 @@
 """Arithmetic of the quality and long-context benchmarks: answers lie in prompts, like meets like."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import long_context
+import quality_levers
 import quality_report
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.sparse import GROUP_TOKENS, AttentionUse
@@ -84,6 +87,28 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         "2048": {"asked_per_depth": 1, "a": 0.5},
     }
     assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
+
+
+def test_a_lever_reads_what_it_says() -> None:
+    """Two heads of a group that look at blocks 1 and 2, rows 256 to 383 of 384 keys: own blocks 4 and 5."""
+    weights = torch.zeros(1, 2, 128, 384)
+    weights[0, 0, :, 64], weights[0, 1, :, 128], weights[..., 0] = 0.6, 0.7, 0.2
+    lever = quality_levers.Lever(budget=3, local=1)
+
+    def read(**changes: Any) -> list[list[int]]:
+        kept = quality_levers.chosen(weights, 256, replace(lever, **changes))
+        return [kept[0, head, row].nonzero().flatten().tolist() for head in (0, 1) for row in (0, 127)]
+
+    assert read() == [[0, 2, 4], [0, 2, 5]] * 2
+    assert read(per_head=True) == [[0, 1, 4], [0, 1, 5], [0, 2, 4], [0, 2, 5]]
+    assert read(top_p=0.1) == [[0, 4], [0, 5]] * 2
+    assert read(budget=4) == [[0, 1, 2, 4], [0, 1, 2, 5]] * 2
+    kept = quality_levers.chosen(weights, 256, lever)
+    assert torch.allclose(
+        quality_levers.with_tail(weights, kept, lever)[0, 0, 0, [0, 64]], torch.tensor([1.0, 0])
+    )
+    tail = quality_levers.with_tail(weights, kept, replace(lever, tail=True))[0, 0, 0]
+    assert torch.allclose(tail[[0, 64, 127]], torch.tensor([0.25, 0.75 / 64, 0.75 / 64]))
 
 
 def test_a_prefill_is_the_integral_of_its_chunks() -> None:
