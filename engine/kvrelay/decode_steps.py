@@ -48,6 +48,11 @@ class DecodeSteps:
         self._rows: dict[DecodeSequence, int] = {}  # of the last step
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
 
+    @property
+    def impl(self) -> str:
+        """How steps run."""
+        return "CUDA graphs" if self._graphs else "steps in place"
+
     @torch.inference_mode()
     def capture(self) -> float:
         """Capture a CUDA graph of every size; the seconds that took. Kernels are compiled on the way."""

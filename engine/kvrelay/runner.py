@@ -43,6 +43,11 @@ class Runner:
         self._pages = pages_of(store.pages) if isinstance(decoder, NativeDecoder) else None
         self.attention: list[AttentionUse] = []
 
+    @property
+    def impl(self) -> str:
+        """What computes, and how decode steps run where that is not layer by layer."""
+        return self.decoder.impl if self.steps is None else f"{self.decoder.impl}, {self.steps.impl}"
+
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer.

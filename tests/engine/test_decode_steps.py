@@ -271,6 +271,8 @@ def test_rows_that_need_earlier_tokens_and_rows_that_do_not_share_a_worker(tiny_
         with tiny_llm(tiny_directory, model_impl="torch", cuda_graphs=graphs) as llm:
             outputs = llm.generate(texts, params)
             outputs += [llm.generate([text], own)[0] for text, own in zip(texts, params, strict=True)]
+            how = {worker.model_impl for worker in llm.report().workers}
+        assert how == {"torch" if graphs == "off" else "torch, steps in place"}
         results.append([(output.token_ids, output.finish_reason) for output in outputs])
     assert results[0] == results[1]
     assert "stop" in {reason for _, reason in results[0]}

@@ -116,7 +116,12 @@ class FakeRunner:
         if len(self.launched) == self.fails_at:
             raise RuntimeError("out of memory")
         sampled = self.decode(batch)
-        return lambda: sampled
+
+        def wait() -> list[tuple[int, None] | None]:
+            self._clock.now_s += self.layer_s
+            return sampled
+
+        return wait
 
     def runs_ahead(self, sequences: Sequence[DecodeSequence]) -> bool:
         return self.is_ahead
@@ -543,12 +548,15 @@ def test_steps_run_ahead_end_after_the_next_has_begun(bench: Bench, is_ahead: bo
     bench.runner.is_ahead = is_ahead
     for name, first in (("sound", 5), ("unsound", 13)):
         bench.decode.reserve(Reserve(request=spec(name, 1, first)))
-    counts = []
+    bench.runner.layer_s = 0.5
+    counts, before_s = [], bench.clock.now_s
     while bench.decode.step():
         bench.clock.now_s += 1.0
         counts.append([len(bench.said(StepReport)), len(bench.runner.launched)])
-        begun = bench.decode.reported_until(bench.clock.now_s)
-        assert begun == bench.clock.now_s - (1.0 if is_ahead and counts[-1][0] < counts[-1][1] else 0.0)
+        is_begun = counts[-1][0] < counts[-1][1]
+        begun_s = bench.decode.reported_until(bench.clock.now_s)
+        assert begun_s == (before_s if is_begun else bench.clock.now_s)
+        before_s = bench.clock.now_s
     steps = [[0, 1], [1, 2], [2, 3], [3, 4], [4, 4]] if is_ahead else [[n, n] for n in (1, 2, 3, 4)]
     assert counts == steps
     assert bench.runner.launched == [2, 2, 1, 1] if is_ahead else [2, 1, 1, 1]

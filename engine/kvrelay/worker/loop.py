@@ -184,7 +184,7 @@ def _serve(
                 pid=os.getpid(),
                 role=config.role,
                 device=str(parts.store.device),
-                model_impl=parts.runner.decoder.impl,
+                model_impl=parts.runner.impl,
                 num_threads=config.num_threads,
                 descriptor=descriptor,
                 load_s=time.monotonic() - start_s,
