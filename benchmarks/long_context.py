@@ -24,6 +24,7 @@ import msgspec
 import torch
 
 from kvrelay.attention import PagedAttention, Span
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
 from kvrelay.models.decoder import Decoder
@@ -71,7 +72,7 @@ class Bench:
             head_dim=model.spec.head_dim,
         )
         count = num_blocks(num_tokens)
-        memory = memoryview(bytearray(count * layout.block_bytes))
+        memory = memoryview(bytearray(memory_bytes(layout, count, keeps_stats=True)))
         self._store = KVStore(layout, count, memory, model.device, keeps_stats=True)
         self._store.pages.normal_(generator=torch.Generator().manual_seed(0))
         self._store.refresh_stats(range(count), num_tokens)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvrelay.attention import PagedAttention, Span
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.models.decoder import Decoder
 from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
@@ -36,7 +37,7 @@ class Reader:
             head_dim=spec.head_dim,
         )
         count = num_blocks(self.max_tokens)
-        memory = memoryview(bytearray(count * layout.block_bytes))
+        memory = memoryview(bytearray(memory_bytes(layout, count, keeps_stats=True)))
         self._store = KVStore(layout, count, memory, self.model.device, keeps_stats=True)
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ import msgspec
 
 from kvrelay.errors import InvalidConfig
 from kvrelay.field_checks import check_at_least, check_choice, check_chunk
-from kvrelay.sparse import SparseAttention, check_whole_groups, sparse_settings
+from kvrelay.sparse import SparseAttention, check_hand_off, check_whole_groups, sparse_settings
 from kvrelay.types import Role, WorkerId
 from kvrelay.worker_settings import DEVICES, OWN, WorkerSettings, check_workers
 
@@ -61,8 +61,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     what computes the layers: `native` C++ (CPU) or `torch`. `cuda_graphs`: `auto` replays dense decode steps
     on CUDA from graphs; `off`; `uncaptured` runs the same steps without graphs, on any device, to tell a
     fault of the one from a fault of the other. `prefill_chunk_tokens=None` computes each prompt
-    whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `lease_s` is the
-    longest silence of a KV writer, and `worker_timeout_s` that of a busy worker, before it is given up.
+    whole. `verify_kv` compares a digest of every block on both sides of the hand-off. `kv_handoff="sparse"`
+    lets a sparse request decode on the part of its KV that a token reads, while the rest still comes.
+    `lease_s` is the longest silence of a KV writer, and `worker_timeout_s` that of a busy worker, before it
+    is given up.
 
     A step computes at most `prefill_chunk_tokens` prompt tokens, of several prompts together, less the
     sequences that decode beside it. `prefix_cache` keeps KV blocks for later requests that begin with the
@@ -93,6 +95,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_impl: str = "auto"
     cuda_graphs: str = "auto"
     attention: str | SparseAttention = "dense"
+    kv_handoff: str = "full"
     policy: str = "least_loaded"
     max_model_len: int | None = None
     num_kv_blocks: int | None = None
@@ -150,6 +153,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
             check_whole_groups(chunks)
+        is_colocated = all(role == "colocated" for _, role in self.roles())
+        check_hand_off(self.kv_handoff, self.sparse(), is_colocated=is_colocated)
         _check_tiers(self)
         if self.workers is not None:
             check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])

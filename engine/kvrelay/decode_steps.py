@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvrelay.cache.arrivals import Lacking
 from kvrelay.cache.store import KVStore
 from kvrelay.models.decoder import Decoder
 from kvrelay.sampler import Row, Sampled, choose
@@ -18,7 +19,7 @@ from kvrelay.scheduler.decode import PENDING, DecodeSequence
 from kvrelay.types import BLOCK_SIZE
 from kvrelay_kernels import PagedKV, paged_decode
 
-Tokens = Callable[[], list[Sampled | None]]
+Tokens = Callable[[], Sequence[Sampled | Lacking | None]]
 """Waits for a step's tokens, one per sequence; None where the logits hold no finite largest."""
 
 

@@ -14,6 +14,8 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "transport": (str, "How KV moves: shm, inproc, faulty:OPTIONS."),
     "device": (str, "auto, cpu, cuda or cuda:N."),
     "dtype": (str, "auto, float32, bfloat16 or float16."),
+    "attention": (str, "dense, sparse or auto."),
+    "rope_scaling": (str, "yarn:4 runs four times the trained length."),
     "power_model": (str, "Watts to assume where no meter is: idle_w=5,busy_w=20, or by role or device."),
 }
 

@@ -15,7 +15,7 @@ from kvrelay.metrics import Timings
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.sparse import AttentionUse
-from kvrelay.types import FinishReason, RequestId, TokenLogprobs, WorkerId
+from kvrelay.types import FinishReason, HandOff, RequestId, TokenLogprobs, WorkerId
 
 logger = logging.getLogger("kvrelay")
 
@@ -26,7 +26,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     `prompt_logprobs` has an entry for each prompt token, None for the first, which has nothing before it.
     `energy` is what the meter had seen by then; its parts are None where nobody measured. `attention` says
-    what the request's queries read, by phase; it is empty where the engine is dense."""
+    what the request's queries read, by phase; it is empty where the engine is dense. `hand_off` says what
+    came over the transport before the first token and in all, and how often decode waited for some of it."""
 
     request_id: RequestId
     prompt: str | None
@@ -40,6 +41,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     energy: RequestEnergy
     attention: dict[str, AttentionUse] = {}
+    hand_off: HandOff = HandOff()
 
 
 class InFlight(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +165,7 @@ class OutputStream:
             timings=request.ledger.timings(end_s),
             energy=self.energy(request.request_id),
             attention=dict(request.attention),
+            hand_off=request.hand_off,
         )
 
 

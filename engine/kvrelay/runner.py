@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from kvrelay.attention import PagedAttention, Span
+from kvrelay.cache.arrivals import Lacking, Tiles
 from kvrelay.cache.store import KVStore
 from kvrelay.decode_steps import DecodeSteps, Tokens
 from kvrelay.models.decoder import Decoder
@@ -20,6 +21,7 @@ from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
 from kvrelay.types import RequestSpec, TokenLogprobs
 
 SCORED_ROWS = 64
+FORESEEING_ROWS = 4  # of a prompt's last: what they read covers 97 % of what the first generated token does
 
 
 class Runner:
@@ -42,6 +44,7 @@ class Runner:
         self.sparse, self.steps = sparse, steps
         self._pages = pages_of(store.pages) if isinstance(decoder, NativeDecoder) else None
         self.attention: list[AttentionUse] = []
+        self.watched: list[Tiles] = []
 
     @property
     def impl(self) -> str:
@@ -52,6 +55,7 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer.
 
+        `watched` then has, of each chunk that `foresees`, the tiles that a generated token would likely read.
         Returns the hidden states of the chunks' tokens, one chunk after the other, [T, hidden]; none where no
         request wants its prompt scored, as what follows the last layer's attention is then not computed.
         """
@@ -60,7 +64,8 @@ class Runner:
             request = chunk.job.request
             prompt_end = request.num_prompt_tokens - 1  # from here on decode computed, the first time
             sparse = self.sparse_of(request)
-            spans.append(Span(chunk.start, chunk.length, chunk.job.block_ids, sparse, prompt_end))
+            watched = min(FORESEEING_ROWS, chunk.length) if chunk.foresees else 0
+            spans.append(Span(chunk.start, chunk.length, chunk.job.block_ids, sparse, prompt_end, watched))
         tokens = [
             token
             for chunk in chunks
@@ -86,9 +91,17 @@ class Runner:
             yield chunk.start + 1 + first, found
 
     @torch.inference_mode()
-    def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | None]:
-        """One more token for each sequence, None where its logits are not finite; stores its K and V."""
-        return sample(self.logits(batch), [self._row(sequence) for sequence in batch])
+    def decode(self, batch: Sequence[DecodeSequence]) -> list[Sampled | Lacking | None]:
+        """One more token for each sequence, None where its logits are not finite; stores its K and V.
+
+        `Lacking` where some of the KV that the token reads has not come yet: then the step is to be repeated.
+        """
+        results = sample(self.logits(batch), [self._row(sequence) for sequence in batch])
+        lacking = self.watched or [{}] * len(batch)
+        for row, tiles in enumerate(lacking):
+            if tiles and self.attention:
+                self.attention[row] = AttentionUse()  # the step will be repeated
+        return [Lacking(tiles) if tiles else result for tiles, result in zip(lacking, results, strict=True)]
 
     def runs_ahead(self, sequences: Iterable[DecodeSequence]) -> bool:
         """Whether steps of these sequences can begin before the tokens of the one before are known."""
@@ -137,10 +150,17 @@ class Runner:
         tokens = [sequence.token_ids[-1] for sequence in batch]
         if isinstance(self.decoder, NativeDecoder) and self._pages is not None and self.sparse is None:
             lengths = [len(sequence.token_ids) for sequence in batch]
-            self.attention = []
+            self.attention, self.watched = [], []
             return self.decoder.step(tokens, lengths, [sequence.block_ids for sequence in batch], self._pages)
         spans = [
-            Span(sequence.num_cached, 1, sequence.block_ids, self.sparse_of(sequence.request))
+            Span(
+                start=sequence.num_cached,
+                length=1,
+                block_ids=sequence.block_ids,
+                sparse=self.sparse_of(sequence.request),
+                watched_rows=int(sequence.arrivals is not None),
+                arrivals=sequence.arrivals,
+            )
             for sequence in batch
         ]
         return self.decoder.logits(self._forward(tokens, spans, None))
@@ -159,6 +179,7 @@ class Runner:
         token_ids = torch.tensor(tokens, device=device)
         hidden = self.decoder.forward(token_ids, positions.to(device), attend, kv_only=kv_only)
         self.attention = attend.uses() if self.sparse is not None else []
+        self.watched = attend.watched()
         return hidden
 
     def _row(self, sequence: DecodeSequence) -> Row:

@@ -17,6 +17,9 @@ GROUP_TOKENS = 4 * BLOCK_TOKENS
 Chunks and shared prefixes end at multiples of it, so that no result depends on where a prompt was cut.
 """
 SELECTORS = ("tree", "two_stage", "quest", "mean_pool", "antidiagonal", "local", "oracle")
+SELECTING_WITHOUT_KEYS = ("tree", "two_stage", "quest", "mean_pool", "local")
+"""Selectors that name blocks by statistics, so that of all keys they read those of a few blocks, or none."""
+HAND_OFFS = ("full", "sparse")
 ATTENTION = ("dense", "sparse", "auto")
 
 
@@ -119,6 +122,32 @@ def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | Non
     if attention == "dense":
         return None
     return SparseAttention() if attention == "auto" else SparseAttention(dense_below_tokens=0)
+
+
+def starts_early(sparse: SparseAttention | None, num_tokens: int) -> bool:
+    """Whether a token generated after `num_tokens` others can be computed before all of their KV is there."""
+    return (
+        sparse is not None
+        and sparse.selector in SELECTING_WITHOUT_KEYS
+        and num_tokens >= sparse.first_sparse_position()
+    )
+
+
+def check_hand_off(kv_handoff: str, sparse: SparseAttention | None, *, is_colocated: bool) -> None:
+    """Raise `UnknownName` or `InvalidConfig` for a hand-off that there is not, or not with the rest."""
+    if kv_handoff not in HAND_OFFS:
+        raise UnknownName(f"kv_handoff={kv_handoff!r}: expected one of {', '.join(HAND_OFFS)}")
+    if kv_handoff == "full":
+        return
+    if is_colocated:
+        raise InvalidConfig("kv_handoff='sparse': with mode='colocated' no KV is handed off")
+    if sparse is None:
+        raise InvalidConfig("kv_handoff='sparse': with attention='dense' every token reads all KV")
+    if sparse.selector not in SELECTING_WITHOUT_KEYS:
+        raise InvalidConfig(
+            f"kv_handoff='sparse': selector={sparse.selector!r} reads all keys to select; "
+            f"expected one of {', '.join(SELECTING_WITHOUT_KEYS)}"
+        )
 
 
 def check_whole_groups(chunks: Iterable[int | None]) -> None:

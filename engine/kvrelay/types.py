@@ -18,7 +18,7 @@ WorkerId = NewType("WorkerId", str)
 TicketId = NewType("TicketId", str)
 Phase = Literal["prefill", "transfer", "decode"]
 Role = Literal["prefill", "decode", "colocated"]
-LifeEvent = Literal["prefill_started", "prefill_finished", "kv_committed", "decode_started"]
+LifeEvent = Literal["prefill_started", "prefill_finished", "kv_usable", "kv_committed", "decode_started"]
 FinishReason = Literal["stop", "length", "abort"]
 
 BLOCK_SIZE = 64
@@ -204,6 +204,16 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     version: int = LAYOUT_VERSION
 
     @property
+    def statistics(self) -> int:
+        """The number of the part of a block that is its statistics; those below it are tiles of K and V."""
+        return 2 * self.num_kv_heads
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a block in one layer: K and V of each head, and its statistics."""
+        return 2 * self.num_kv_heads + 1
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of K (or of V) of one block in one layer."""
         size = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
@@ -244,6 +254,29 @@ class TransferTicket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_tokens: int
     lease_s: float
     num_cached_tokens: int = 0
+
+
+class HandOff(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a request's KV came to decode: bytes (before the first token, and in all), and stalls.
+
+    A stall is a decode step that lacked some of it and was repeated once that had come: `stall_s` in all.
+    """
+
+    bytes_before_first_token: int = 0
+    num_bytes: int = 0
+    num_stalls: int = 0
+    stall_s: float = 0.0
+
+    def __add__(self, other: "HandOff") -> "HandOff":
+        return HandOff(
+            self.bytes_before_first_token + other.bytes_before_first_token,
+            self.num_bytes + other.num_bytes,
+            self.num_stalls + other.num_stalls,
+            self.stall_s + other.stall_s,
+        )
+
+
+NO_HAND_OFF = HandOff()
 
 
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ from kvrelay.errors import ProtocolError
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     FinishReason,
+    HandOff,
     KVLayout,
     LifeEvent,
     Phase,
@@ -40,6 +41,7 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     epoch: int
     layout: KVLayout
     num_blocks: int
+    keeps_stats: bool = False
     address: dict[str, str | int]
 
 
@@ -57,6 +59,31 @@ class Filled(Message, frozen=True, kw_only=True):
     num_tokens: int
     num_bytes: int
     digests: tuple[str, ...] = ()
+
+
+class Arrived(Message, frozen=True, kw_only=True):
+    """Prefill to decode: these tiles of the ticket have come, by layer (numbers: see `cache.arrivals`).
+
+    The first such message has `may_start`: then all that has come by then is in it, and decode may start with
+    that. `num_bytes` counts the tiles, statistics included. `digests`, by layer, is empty unless they are on.
+    """
+
+    ticket_id: TicketId
+    layout_fingerprint: str
+    may_start: bool
+    tiles: dict[int, tuple[int, ...]]
+    num_bytes: int
+    digests: dict[int, str] = {}
+
+
+class Wanted(Message, frozen=True, kw_only=True):
+    """Decode to the ticket's writer, by way of the router: send these tiles first, by layer.
+
+    Without tiles it only says that the sequence runs on and the rest is still wanted.
+    """
+
+    ticket_id: TicketId
+    tiles: dict[int, tuple[int, ...]] = {}
 
 
 class Connect(Message, frozen=True, kw_only=True):
@@ -173,7 +200,8 @@ class StepReport(Message, frozen=True, kw_only=True):
     For the transfer phase `moved_bytes` and `moved_s` say what was copied for whom and how long it took, and
     a token counts once its last layer has left. `end_s - start_s` is time at work: gaps between writes are
     left out. `attention` says what each request's queries read, where the engine is not dense.
-    `unfinished` has, of each prompt that goes on in a later step, the tokens whose KV is there.
+    `unfinished` has, of each prompt that goes on in a later step, the tokens whose KV is there. `hand_off`
+    is what came of each request's KV since the last step that it was in, and how often it waited for some.
     """
 
     worker_id: WorkerId
@@ -187,6 +215,7 @@ class StepReport(Message, frozen=True, kw_only=True):
     moved_s: dict[str, float] = {}
     attention: dict[str, AttentionUse] = {}
     unfinished: dict[str, int] = {}
+    hand_off: dict[str, HandOff] = {}
 
 
 class Preempted(Message, frozen=True, kw_only=True):
@@ -247,7 +276,7 @@ class Stopped(Message, frozen=True, kw_only=True):
     num_leaked_blocks: int
 
 
-_ROUTER_TO_WORKER = Connect | Reserve | Prefill | Abort | WriterGone | Shutdown
+_ROUTER_TO_WORKER = Connect | Reserve | Prefill | Abort | Wanted | WriterGone | Shutdown
 _WORKER_TO_ROUTER = (
     Hello
     | StartFailed
@@ -258,12 +287,13 @@ _WORKER_TO_ROUTER = (
     | StepReport
     | Preempted
     | AttemptFailed
+    | Wanted
     | WriterGone
     | Heartbeat
     | CacheChanged
     | Stopped
 )
-_NOTIFICATION = Filling | Filled
+_NOTIFICATION = Filling | Arrived | Filled
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {

@@ -1,6 +1,6 @@
 """What a selection is and how one is asked for: ``BlockSelection`` and ``SelectionConfig``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ class SelectionConfig:
     sink_blocks: blocks at the start of the sequence that are always selected.
     local_blocks: most recent blocks that are always selected, the query's own (diagonal) block included.
     top_p: if set, stop adding blocks once those taken hold this share of the estimated attention mass.
-    candidate_factor: candidates handed to the exact rerank, as a multiple of the budget.
+    candidate_factor: candidates handed to the exact rerank, as a multiple of the budget (below 1, there is
+        room in the lists for all of them).
     beam_factor: nodes kept per tree level, as a multiple of the candidates.
     sampled_queries: rows of a query block and head that rerank the candidates exactly; the heads of a GQA
         group sample different rows.
@@ -51,14 +52,24 @@ class SelectionConfig:
             )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise InvalidArgument("top_p", needed="None or in (0, 1]", got=self.top_p)
-        for name in ("candidate_factor", "beam_factor"):
-            if getattr(self, name) < 1.0:
-                raise InvalidArgument(name, needed="at least 1.0", got=getattr(self, name))
+        if self.candidate_factor <= 0.0:
+            raise InvalidArgument("candidate_factor", needed="above 0.0", got=self.candidate_factor)
+        if self.beam_factor < 1.0:
+            raise InvalidArgument("beam_factor", needed="at least 1.0", got=self.beam_factor)
 
     @property
     def num_candidates(self) -> int:
         """Blocks handed to the exact rerank, besides the forced ones and the sibling group's own."""
         return int(self.candidate_factor * self.budget)
+
+    def unranked(self) -> "SelectionConfig":
+        """Settings whose lists, in decode, are all blocks whose keys `tree` and `two_stage` rerank.
+
+        Which these are depends on the queries and the statistics alone, never on a key.
+        """
+        budget = self.num_candidates + self.sink_blocks + self.local_blocks
+        factor = (self.num_candidates + 0.5) / budget  # so that as many candidates come of it
+        return replace(self, budget=budget, candidate_factor=factor, top_p=None)
 
     @property
     def beam(self) -> int:

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("server_config",),
     ("wire", "energy", "cache", "models"),
     ("metrics",),
+    ("cache.memory",),
     ("cache.store", "transport", "attention", "sampler"),
     ("scheduler",),
     ("decode_steps",),
@@ -35,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
 TORCH_FREE = [
     *("types", "errors", "sparse", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
     *(
+        "cache.arrivals",
         "cache.tickets",
         "cache.prefix",
         "cache.tiers",

@@ -85,6 +85,7 @@ def fed(**settings: Any) -> tuple[Telemetry, EnergyReport]:
                 "prefix_cache_queries": 100,
                 "prefix_cache_hits": 25,
                 "tier_hits_disk": 4,
+                "kv_stalls": 3,
             },
         )
     told.on_handshake(0.01)
@@ -195,6 +196,7 @@ def test_figures_are_those_that_were_fed() -> None:
     assert value(text, "kvrelay:inter_token_latency_seconds_bucket", le="0.15") == 2.0
     assert value(text, "kvrelay:kv_cache_usage_perc") == 0.25
     assert value(text, "kvrelay:prefix_cache_hits_total") == 50.0
+    assert value(text, "kvrelay:kv_transfer_stalls_total") == 6.0
     assert value(text, "kvrelay:sparse_attention_density", phase="decode") == 0.125
     assert value(text, "kvrelay:kv_transfer_expired_total") == 1.0
 

@@ -12,6 +12,7 @@ import torch
 
 from kvrelay.attention import PagedAttention, Span
 from kvrelay.attention.crossover import FILE, NEVER, measured
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.types import BLOCK_SIZE, KVLayout, num_blocks
@@ -28,7 +29,7 @@ def empty_store(num_layers: int = 1) -> KVStore:
     layout = KVLayout(
         model="m", dtype="float32", num_layers=num_layers, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM
     )
-    buffer = memoryview(bytearray(NUM_BLOCKS * layout.block_bytes))
+    buffer = memoryview(bytearray(memory_bytes(layout, NUM_BLOCKS, keeps_stats=True)))
     store = KVStore(layout, NUM_BLOCKS, buffer, torch.device("cpu"), keeps_stats=True)
     store.pages.fill_(torch.nan)
     return store
@@ -187,7 +188,11 @@ def test_mixed_settings_in_one_batch_do_not_disturb_each_other() -> None:
     layout = msgspec.structs.replace(store.layout)
     pool = 4 * NUM_BLOCKS
     big = KVStore(
-        layout, pool, memoryview(bytearray(pool * layout.block_bytes)), torch.device("cpu"), keeps_stats=True
+        layout,
+        pool,
+        memoryview(bytearray(memory_bytes(layout, pool, keeps_stats=True))),
+        torch.device("cpu"),
+        keeps_stats=True,
     )
     blocks = generator.sample(range(pool), pool)
     tables = [blocks[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS] for i in range(4)]

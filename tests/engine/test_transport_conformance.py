@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 import zmq
 
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, LayoutMismatch, TransportError, UnknownName
 from kvrelay.transport import TRANSPORTS, open_transport, parse_transport
@@ -40,6 +42,7 @@ SPECS = [
     *(name for name in TRANSPORTS if name not in ("faulty", "nixl")),
     pytest.param("nixl", marks=without_nixl),
     *("faulty:inner=inproc", "faulty:inner=shm"),
+    *("shm:gbit_per_s=2", "inproc:gbit_per_s=2", "faulty:inner=shm:gbit_per_s=2"),
 ]
 DECODE = WorkerId("decode-0")
 TICKET = TicketId("decode-0/1/1")
@@ -55,10 +58,11 @@ class Side:
 
     def __init__(self, transport: Transport, kv: KVLayout, byte: int) -> None:
         self.transport = transport
-        buffer = transport.allocate(NUM_BLOCKS * kv.block_bytes)
+        buffer = transport.allocate(memory_bytes(kv, NUM_BLOCKS, keeps_stats=True))
         assert not any(buffer[:64]), "memory starts zeroed"
-        self.store = KVStore(kv, NUM_BLOCKS, buffer, torch.device("cpu"))
-        self.store.pages.view(torch.uint8).fill_(byte)
+        self.store = KVStore(kv, NUM_BLOCKS, buffer, torch.device("cpu"), keeps_stats=True)
+        for tensor in self.store.memory.tensors:
+            tensor.view(torch.uint8).fill_(byte)
         self.descriptor = transport.register(self.store)
 
     def poll_until(
@@ -107,6 +111,8 @@ def connected(opener: Opener, spec: str) -> tuple[Side, Side]:
     prefill, decode = opener(spec, "prefill-0", byte=7), opener(spec, "decode-0", byte=1)
     shape = prefill.store.pages.shape
     prefill.store.pages.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    prefill.store.memory.vectors.normal_()
+    prefill.store.memory.spreads.normal_()
     prefill.transport.connect(decode.descriptor)
     return prefill, decode
 
@@ -117,6 +123,7 @@ def write(
     target: list[int],
     ticket: str = TICKET,
     ready: Callable[[], None] | None = None,
+    **fields: Any,
 ) -> Write:
     return Write(
         ticket_id=TicketId(ticket),
@@ -125,6 +132,7 @@ def write(
         source_blocks=source,
         target_blocks=target,
         ready=ready,
+        **fields,
     )
 
 
@@ -169,6 +177,106 @@ def test_one_layer_leaves_the_others_alone(pair: tuple[Side, Side]) -> None:
     prefill.outcomes(1)
     assert torch.equal(decode.store.pages[[0, 2]].view(torch.uint8), before[[0, 2]].view(torch.uint8))
     assert torch.equal(decode.store.pages[1, :, 0], prefill.store.pages[1, :, 0])
+
+
+@pytest.mark.parametrize("parts", [[0, 1, 2], [3, 0, 1], [2, 2, 2], [4, 4, 4]])
+def test_parts_of_blocks_arrive_and_nothing_else(pair: tuple[Side, Side], parts: list[int]) -> None:
+    """K of heads 0 and 1, V of heads 0 and 1, statistics: parts 0 to 4."""
+    prefill, decode = pair
+    source, target = [0, 3, 5], [4, 1, 1 if parts[0] == 3 else 2]
+    mine, theirs = decode.store.memory, prefill.store.memory
+    expected = [tensor.clone() for tensor in mine.tensors]
+    for part, first, second in zip(parts, source, target, strict=True):
+        if part == 4:
+            expected[1][1, :, second] = theirs.vectors[1, :, first]
+            expected[2][1, second] = theirs.spreads[1, first]
+        else:
+            expected[0][1, part // 2, second, part % 2] = theirs.pages[1, part // 2, first, part % 2]
+    posted = write(1, source, target, parts=parts)
+    prefill.transport.write(posted)
+    (event,) = prefill.outcomes(1)
+    assert isinstance(event, WriteDone), event
+    assert event.write is posted
+    for tensor, wanted in zip(mine.tensors, expected, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))
+    assert event.num_bytes == (3 * 64 * 4 * 4 if parts != [4, 4, 4] else 3 * 2 * (5 * 4 + 1) * 4)
+    assert theirs.digest(1, parts, source) == mine.digest(1, parts, target)
+    assert theirs.digest(1, parts, source) != mine.digest(2, parts, target)
+
+
+@pytest.mark.parametrize("parts", [[5], [-1], [99]])
+def test_a_part_that_there_is_not_is_a_failed_write(pair: tuple[Side, Side], parts: list[int]) -> None:
+    prefill, decode = pair
+    before = decode.store.pages.clone()
+    prefill.transport.write(write(0, [0], [0], parts=parts))
+    (event,) = prefill.outcomes(1)
+    assert isinstance(event, WriteFailed), event
+    assert "part" in event.reason
+    assert torch.equal(decode.store.pages.view(torch.uint8), before.view(torch.uint8))
+    with pytest.raises(TransportError, match="parts"):
+        prefill.transport.write(write(0, [0, 1], [0, 1], parts=[0]))
+
+
+def test_urgent_writes_overtake_and_a_withdrawn_one_never_happens(pair: tuple[Side, Side]) -> None:
+    prefill, decode = pair
+    before = decode.store.pages[2, :, 2].clone()
+    gate = threading.Event()
+    first = write(0, [0], [0], ready=lambda: gate.wait(5) and None)
+    prefill.transport.write(first)
+    time.sleep(0.02)
+    plain, gone = write(1, [1], [1]), write(2, [2], [2])
+    urgent = [write(layer, [3], [3], is_urgent=True) for layer in range(2)]
+    for item in (plain, gone, *urgent):
+        prefill.transport.write(item)
+    assert prefill.transport.withdraw(gone)
+    assert not prefill.transport.withdraw(gone), "it is gone already"
+    assert not prefill.transport.withdraw(first), "it has begun"
+    assert not prefill.transport.withdraw(write(1, [1], [1])), (
+        "this one was never posted, though it looks alike"
+    )
+    gate.set()
+    events = prefill.outcomes(4)
+    time.sleep(0.02)
+    assert prefill.transport.poll() == []
+    assert [event.write for event in events if isinstance(event, WriteDone)] == [first, *urgent, plain]
+    assert torch.equal(decode.store.pages[2, :, 2].view(torch.uint8), before.view(torch.uint8))
+    assert not prefill.transport.withdraw(plain), "it is done"
+
+
+@pytest.mark.parametrize("spec", ["shm:gbit_per_s=0.004", "inproc:gbit_per_s=0.004"])
+def test_a_paced_link_takes_its_time_and_no_more(opener: Opener, spec: str) -> None:
+    """0.5 MB/s: a block's layer of 4 KiB takes 8.2 ms, whoever waits, and a cancelled one none."""
+    prefill, decode = connected(opener, spec)
+    block_s = 2 * layout().page_bytes / 0.5e6
+    start_s = time.monotonic()
+    for layer in range(NUM_LAYERS):
+        prefill.transport.write(write(layer, [0, 1], [0, 1]))
+    assert time.monotonic() - start_s < block_s, "posting does not wait"
+    events = prefill.outcomes(NUM_LAYERS)
+    took_s = time.monotonic() - start_s
+    assert 6 * block_s <= took_s < 6 * block_s + 0.5
+    done = [event for event in events if isinstance(event, WriteDone)]
+    assert all(event.end_s - event.start_s >= 2 * block_s for event in done)
+    assert decode.store.digests([0, 1], landed=True) == prefill.store.digests([0, 1])
+    everything = list(range(NUM_BLOCKS)) * 100
+    prefill.transport.write(write(0, everything, everything, "gone"))  # five seconds
+    time.sleep(0.02)
+    start_s = time.monotonic()
+    prefill.transport.cancel(TicketId("gone"))
+    prefill.transport.write(write(0, [2], [2]))
+    assert isinstance(prefill.outcomes(1)[0], WriteDone)
+    assert time.monotonic() - start_s < 0.5
+    prefill.transport.write(write(0, everything, everything, "late"))
+    start_s = time.monotonic()
+    prefill.transport.close()
+    assert time.monotonic() - start_s < 0.5, "closing does not wait for the link"
+
+
+@pytest.mark.parametrize("pace", ["0", "-1", "nan", "fast", "1e9", "inf"])
+def test_an_impossible_pace_is_refused(opener: Opener, pace: str) -> None:
+    for name in ("shm", "inproc"):
+        with pytest.raises(InvalidConfig, match="gbit_per_s"):
+            opener(f"{name}:gbit_per_s={pace}", "w")
 
 
 @pytest.mark.parametrize(

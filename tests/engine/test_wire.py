@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvrelay import wire
 from kvrelay.errors import InvalidRequest, ProtocolError
 from kvrelay.types import (
+    HandOff,
     KVLayout,
     RequestId,
     RequestSpec,
@@ -67,6 +68,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
         wire.Abort(request_id=RID, attempt=1),
         wire.Abort(request_id=RID, attempt=1, ticket=TICKET),
         wire.WriterGone(ticket_id=TID, decode_worker=WORKER),
+        wire.Wanted(ticket_id=TID, tiles={0: (1, 2), 29: (2**40,)}),
         wire.Shutdown(),
     ],
     "worker_to_router": [
@@ -95,6 +97,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
             tokens=(TOKEN,),
             moved_bytes={"r": 2**40},
             moved_s={"r": 0.25},
+            hand_off={"r": HandOff(1, 2**40, 3, 0.5)},
         ),
         wire.PromptScored(
             request_id=RID, attempt=1, start=1, logprobs=(TokenLogprobs(5, -0.5, {5: -0.5, 7: -1.5}),)
@@ -102,6 +105,7 @@ EXAMPLES: dict[str, list[wire.Message]] = {
         wire.Preempted(request_id=RID, attempt=1),
         wire.AttemptFailed(request_id=RID, attempt=1, error="TransferFailed", message="why", retryable=True),
         wire.WriterGone(ticket_id=TID, decode_worker=WORKER),
+        wire.Wanted(ticket_id=TID, tiles={0: (1, 2), 29: (2**40,)}),
         wire.Heartbeat(
             worker_id=WORKER,
             at_s=1.0,
@@ -118,6 +122,14 @@ EXAMPLES: dict[str, list[wire.Message]] = {
     ],
     "notification": [
         wire.Filling(ticket_id=TID),
+        wire.Arrived(
+            ticket_id=TID,
+            layout_fingerprint="f",
+            may_start=True,
+            tiles={0: (1, 2), 1: ()},
+            num_bytes=2**40,
+            digests={0: "a"},
+        ),
         wire.Filled(ticket_id=TID, layout_fingerprint="f", num_tokens=1, num_bytes=2**40, digests=("a", "b")),
     ],
 }

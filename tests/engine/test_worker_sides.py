@@ -8,16 +8,18 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from kvrelay.cache.arrivals import Arrivals, Lacking, Tiles
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
-from kvrelay.scheduler.decode import DecodeSequence
+from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
-from kvrelay.sparse import AttentionUse
+from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import (
     KVLayout,
@@ -31,6 +33,7 @@ from kvrelay.types import (
 )
 from kvrelay.wire import (
     Abort,
+    Arrived,
     AttemptFailed,
     Filled,
     Filling,
@@ -40,6 +43,7 @@ from kvrelay.wire import (
     Reserve,
     Reserved,
     StepReport,
+    Wanted,
     WriterGone,
 )
 from kvrelay.worker.decode import DecodeSide
@@ -74,7 +78,12 @@ class FakeTransport:
         self.is_broken = False
 
     def write(self, write: Write) -> None:
-        self.writes.append(write)
+        place = len([each for each in self.writes if each.is_urgent]) if write.is_urgent else len(self.writes)
+        self.writes.insert(place, write)
+
+    def withdraw(self, write: Write) -> bool:
+        self.writes = [each for each in self.writes if each is not write]
+        return True
 
     def cancel(self, ticket_id: TicketId) -> None:
         self.cancelled.append(ticket_id)
@@ -96,6 +105,9 @@ class FakeRunner:
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
+        self.watched: list[Tiles] = []
+        self.sparse: SparseAttention | None = None
+        self.lacking: Tiles = {}
         self.layer_s = 0.0
         self.is_ahead = False
         self.fails_at = 0
@@ -103,15 +115,20 @@ class FakeRunner:
 
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         assert chunks
+        self.watched = [{} for _ in chunks]
         for layer in range(LAYOUT.num_layers):
             self._clock.now_s += self.layer_s
             after_layer(layer)
         return torch.zeros(sum(chunk.length for chunk in chunks), 1)
 
-    def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | None]:
+    def decode(self, batch: Sequence[DecodeSequence]) -> list[tuple[int, None] | Lacking | None]:
+        if self.lacking:
+            return [Lacking({layer: set(tiles) for layer, tiles in self.lacking.items()}) for _ in batch]
         return [None if sequence.token_ids[0] == 13 else (7, None) for sequence in batch]
 
-    def launch(self, batch: Sequence[DecodeSequence]) -> Callable[[], list[tuple[int, None] | None]]:
+    def launch(
+        self, batch: Sequence[DecodeSequence]
+    ) -> Callable[[], list[tuple[int, None] | Lacking | None]]:
         self.launched.append(len(batch))
         if len(self.launched) == self.fails_at:
             raise RuntimeError("out of memory")
@@ -125,6 +142,9 @@ class FakeRunner:
 
     def runs_ahead(self, sequences: Sequence[DecodeSequence]) -> bool:
         return self.is_ahead
+
+    def sparse_of(self, request: object) -> SparseAttention | None:
+        return self.sparse
 
     def attention_by(self, requests: Sequence[object]) -> dict[str, AttentionUse]:
         return {}
@@ -199,7 +219,7 @@ class Bench:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    for module in ("prefill", "decode"):
+    for module in ("prefill", "decode", "early", "relay"):
         monkeypatch.setattr(f"kvrelay.worker.{module}.time", fake)
     return fake
 
@@ -633,3 +653,191 @@ def test_shutdown_of_a_colocated_worker_frees_no_block_twice(bench: Bench) -> No
     assert bench.decode.close() == 3
     assert bench.pool.num_free == NUM_BLOCKS - 3
     bench.pool.check()
+
+
+# Sequences that start before all of their KV has come ---------------------------------------------------
+
+SPARSE = SparseAttention(budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+
+
+@pytest.fixture
+def early(clock: FakeClock) -> Bench:
+    bench = Bench(clock, prefill_chunk_tokens=256, attention=SPARSE, kv_handoff="sparse")
+    bench.runner.sparse = SPARSE
+    return bench
+
+
+def arrived(ticket: TransferTicket, *, may_start: bool, tiles: dict[int, tuple[int, ...]]) -> Arrived:
+    return Arrived(
+        ticket_id=ticket.ticket_id,
+        layout_fingerprint=LAYOUT.fingerprint(),
+        may_start=may_start,
+        tiles=tiles,
+        num_bytes=10,
+    )
+
+
+def started(bench: Bench) -> TransferTicket:
+    """A ticket of 4 blocks whose sequence runs on the first of them."""
+    ticket = bench.reserve(spec("a", 220))
+    bench.decode.on_notice(arrived(ticket, may_start=True, tiles={0: (0, 1, 2)}))
+    assert len(bench.decode.scheduler.running) == 1
+    assert [mark.event for mark in bench.said(Mark)] == ["kv_usable"]
+    return ticket
+
+
+def gone(ticket: TransferTicket) -> WriterGone:
+    return WriterGone(ticket_id=ticket.ticket_id, decode_worker=WorkerId("me"))
+
+
+def test_a_step_that_lacks_tiles_waits_for_them_and_asks_once(early: Bench) -> None:
+    ticket = started(early)
+    early.runner.lacking = {1: {3, 4}, 2: {5}}
+    assert early.decode.step() == 1
+    assert early.decode.step() == 0, "it waits"
+    (wanted,) = early.said(Wanted)
+    assert (wanted.ticket_id, wanted.tiles) == (ticket.ticket_id, {1: (3, 4), 2: (5,)})
+    assert not [token for step in early.said(StepReport) for token in step.tokens]
+    early.decode.on_notice(arrived(ticket, may_start=False, tiles={1: (3, 4)}))
+    assert early.decode.step() == 0, "not all of it has come"
+    early.clock.now_s += 1.5
+    early.decode.on_notice(arrived(ticket, may_start=False, tiles={2: (5,), 0: (6,)}))
+    early.runner.lacking = {}
+    assert early.decode.step() == 1
+    step = early.said(StepReport)[-1]
+    assert [token.token_id for token in step.tokens] == [7]
+    hand_off = step.hand_off["a"]
+    assert (hand_off.num_stalls, hand_off.stall_s) == (1, 1.5)
+    assert (hand_off.num_bytes, hand_off.bytes_before_first_token) == (20, 20), (
+        "the start was reported before"
+    )
+
+
+@pytest.mark.parametrize("twice", ["start", "news", "late start", "early news"])
+def test_what_is_told_twice_or_out_of_order_changes_nothing(early: Bench, twice: str) -> None:
+    ticket = early.reserve(spec("a", 220))
+    start = arrived(ticket, may_start=True, tiles={0: (0, 1)})
+    news = arrived(ticket, may_start=False, tiles={1: (2,)})
+    order = {
+        "start": [start, start, news],
+        "news": [start, news, news],
+        "late start": [start, news, start],
+        "early news": [news, start, news],
+    }
+    for message in order[twice]:
+        early.decode.on_notice(message)
+    (sequence,) = early.decode.scheduler.running
+    assert sequence.arrivals is not None
+    rest = sequence.arrivals.rest()
+    assert {0, 1} & rest[0] == set()
+    assert 2 not in rest[1]
+    assert sequence.hand_off.num_bytes == 20
+    early.decode.on_notice(filled(early, ticket))
+    assert sequence.arrivals is None
+    for message in (start, news, filled(early, ticket)):
+        early.decode.on_notice(message)
+    assert len(early.decode.scheduler.running) == 1
+    assert early.pool.num_free == NUM_BLOCKS - 4
+
+
+def test_all_tiles_count_once_all_has_come_though_nobody_told(early: Bench) -> None:
+    ticket = started(early)
+    early.runner.lacking = {1: {3}}
+    early.decode.step()
+    early.decode.on_notice(filled(early, ticket))
+    (sequence,) = early.decode.scheduler.running
+    assert sequence.arrivals is None
+    assert [mark.event for mark in early.said(Mark)][-1] == "kv_committed"
+    early.runner.lacking = {}
+    assert early.decode.step() == 1
+    tiles = 4 * 3 * 2 * LAYOUT.page_bytes
+    assert sequence.hand_off.num_bytes == 0, "reported"
+    total = sum(step.hand_off["a"].num_bytes for step in early.said(StepReport) if step.hand_off)
+    assert total == 10 + tiles + 3 * 3 * 11 * 4 - (2 * LAYOUT.page_bytes + 11 * 4), "less what came before"
+
+
+@pytest.mark.parametrize("end", ["expired", "aborted", "writer gone", "wrong layout"])
+def test_a_sequence_ends_with_its_ticket_and_blocks_wait_for_the_writer(early: Bench, end: str) -> None:
+    ticket = started(early)
+    if end == "expired":
+        early.decode.expire(early.clock.now_s + LEASE_S)
+        assert early.said(AttemptFailed)[0].error == "LeaseExpired"
+    elif end == "aborted":
+        early.decode.abort(Abort(request_id=ticket.request_id, attempt=1))
+    elif end == "wrong layout":
+        news = arrived(ticket, may_start=False, tiles={1: (1,)})
+        early.decode.on_notice(msgspec.structs.replace(news, layout_fingerprint="other"))
+        assert "layout other" in early.said(AttemptFailed)[0].message
+    if end != "writer gone":
+        assert not early.decode.scheduler.running
+        assert early.pool.num_free == NUM_BLOCKS - 4, "a writer may still be at work in them"
+    early.decode.writer_gone(gone(ticket))
+    assert not early.decode.scheduler.running
+    assert early.pool.num_free == NUM_BLOCKS
+    early.decode.on_notice(arrived(ticket, may_start=True, tiles={0: (0,)}))
+    assert not early.decode.scheduler.running
+    early.pool.check()
+
+
+def test_a_sequence_that_ends_first_leaves_its_blocks_to_the_writer(early: Bench) -> None:
+    ticket = started(early)
+    while early.decode.step():
+        pass
+    assert not early.decode.scheduler.running
+    assert early.pool.num_free == NUM_BLOCKS - 4
+    assert early.pool.num_cached == 0, "what has not all come must not be found"
+    early.decode.on_notice(filled(early, ticket))
+    assert early.pool.num_free == NUM_BLOCKS
+    early.pool.check()
+
+
+def test_signs_of_life_go_both_ways_while_the_rest_comes(early: Bench) -> None:
+    ticket = started(early)
+    for _ in range(9):
+        early.decode.expire(early.clock.now_s)
+        early.decode.on_notice(Filling(ticket_id=ticket.ticket_id))
+        early.clock.now_s += LEASE_S / 8
+    assert [message.tiles for message in early.said(Wanted)] == [{}] * 5
+    assert not early.said(AttemptFailed)
+
+
+def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(early: Bench) -> None:
+    ticket = early.post(spec("a", 400))
+    early.compute_all()
+    while not early.transport.told(Arrived):
+        early.complete(1)
+    assert early.transport.told(Arrived)[0].may_start
+    early.clock.now_s += 0.9 * LEASE_S
+    early.prefill.on_wanted(Wanted(ticket_id=ticket.ticket_id))
+    early.complete(1)  # the link moves; only decode's silence is at stake
+    early.clock.now_s += 0.9 * LEASE_S
+    early.prefill.give_up_hung(early.clock.now_s)
+    assert not early.said(AttemptFailed)
+    early.complete(1)
+    early.clock.now_s += 0.2 * LEASE_S
+    early.prefill.give_up_hung(early.clock.now_s)
+    (failure,) = early.said(AttemptFailed)
+    assert (failure.error, failure.retryable) == ("LeaseExpired", True)
+    assert "decode was silent for 8 s" in failure.message
+    assert early.said(WriterGone)
+    assert early.pool.num_free == NUM_BLOCKS
+
+
+def test_the_scheduler_takes_no_blocks_of_a_sequence_whose_kv_has_not_come(early: Bench) -> None:
+    """Three sequences of a full pool: the oldest needs a block, the youngest is early, the second gives."""
+    pool = BlockPool(6)
+    scheduler = DecodeScheduler(pool, 8)
+    sequences = []
+    for number in range(3):
+        request = msgspec.structs.replace(spec(f"{number}", 128), arrival=number)
+        sequences.append(DecodeSequence(request, pool.allocate(2), list(request.token_ids)))
+        scheduler.run(sequences[-1])
+    sequences[2].arrivals = Arrivals(TicketId("t"), 1, [1])
+    sequences[0].token_ids.append(7)
+    batch, preempted = scheduler.plan()
+    assert preempted == [sequences[1]]
+    assert batch == [sequences[0], sequences[2]]
+    sequences[0].token_ids += [7] * 128
+    sequences[2].arrivals.lacking = {0: {1}}
+    batch, preempted = scheduler.plan()
+    assert (batch, preempted) == ([], []), "one has no room, the other waits"

@@ -51,6 +51,12 @@ def selection_config(sparse: SparseAttention, *, one_by_one: bool) -> SelectionC
     return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config
 
 
+def list_members(q: torch.Tensor, num_kv_heads: int, sparse: SparseAttention) -> list[slice]:
+    """The heads of `q [rows, num_q_heads, head_dim]` that share lists, one set after the other."""
+    count = q.shape[1] // num_kv_heads if sparse.exact else 1
+    return [slice(member, None, count) for member in range(count)]
+
+
 class Call:
     """Rows of a batch that attend alike, as the kernels take them; counts what was attended."""
 
@@ -115,13 +121,13 @@ class Call:
     def _attend_selected(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
         """One list per KV head; with `exact` one per query head: a group's heads go one after the other."""
         assert self._sparse is not None
-        self._lists_per_head = q.shape[1] // kv.num_kv_heads if self._sparse.exact else 1
+        members = list_members(q, kv.num_kv_heads, self._sparse)
+        self._lists_per_head = len(members)
         self._num_sparse_layers += 1
         if self._lists_per_head == 1:
             return self._attend_lists(q, kv, stats)
         out = torch.empty_like(q)
-        for member in range(self._lists_per_head):
-            heads = slice(member, None, self._lists_per_head)
+        for heads in members:
             out[:, heads] = self._attend_lists(q[:, heads], kv, stats)
         return out
 

@@ -15,6 +15,7 @@ import torch
 
 from kvrelay.attention.call import Call
 from kvrelay.attention.spans import Span, runs_of
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
 from kvrelay.sparse import BLOCK_TOKENS, GROUP_TOKENS, SparseAttention
@@ -57,9 +58,8 @@ def _measure(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> int:
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
     )
-    scratch = KVStore(
-        layer, blocks, memoryview(bytearray(blocks * layer.block_bytes)), store.device, keeps_stats=True
-    )
+    buffer = memoryview(bytearray(memory_bytes(layer, blocks, keeps_stats=True)))
+    scratch = KVStore(layer, blocks, buffer, store.device, keeps_stats=True)
     scratch.pages.normal_()
     scratch.refresh_stats(range(blocks), max(lengths))
     q = torch.randn(GROUP_TOKENS, num_q_heads, layout.head_dim, device=store.device).to(store.pages.dtype)

@@ -1,11 +1,14 @@
 """`attend` for one batch: stores K and V, keeps block statistics, and hands each kind of rows to its call."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
 from kvrelay.attention.call import Call
 from kvrelay.attention.spans import Run, Span, runs_of
+from kvrelay.attention.watch import Watch
+from kvrelay.cache.arrivals import Tiles
 from kvrelay.cache.store import KVStore
 from kvrelay.sparse import AttentionUse, SparseAttention
 
@@ -24,6 +27,7 @@ class PagedAttention:
         slots = _slot_mapping(spans, store.layout.block_size).to(store.device)
         self._blocks, self._offsets = slots // store.layout.block_size, slots % store.layout.block_size
         self._calls = [(_rows(runs), Call(runs, spans, store.pages)) for runs in _alike(spans)]
+        self._watches = _watches(store, spans)
         self._completed = [(s.block_ids, s.end, s.length) for s in spans if _completes_a_page(s, store)]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -37,9 +41,16 @@ class PagedAttention:
         out = torch.empty_like(q)
         for rows, call in self._calls:
             out[rows] = call(layer, q[rows], (k_pages, v_pages), stats)
+        for watch in self._watches:
+            if watch is not None and watch(layer, q[watch.rows]):
+                out[watch.rows] = out[watch.rows].nan_to_num()  # of no use, but later layers compute with it
         if self._after_layer is not None:
             self._after_layer(layer)
         return out
+
+    def watched(self) -> list[Tiles]:
+        """Of each span, by layer, what its watched rows read, or lacked; call it after the last layer."""
+        return [{} if watch is None else watch.tiles for watch in self._watches]
 
     def uses(self) -> list[AttentionUse]:
         """What each span attended in the forward pass that used this; call it after the last layer."""
@@ -50,6 +61,14 @@ class PagedAttention:
             for run, use in zip(call.runs, uses, strict=True):
                 found[run.span] += use
         return found
+
+
+def _watches(store: KVStore, spans: Sequence[Span]) -> list[Watch | None]:
+    starts = accumulate((span.length for span in spans), initial=0)
+    return [
+        Watch(store, span, row) if span.sparse is not None and span.watched_rows else None
+        for span, row in zip(spans, starts, strict=False)
+    ]
 
 
 def _alike(spans: Sequence[Span]) -> list[list[Run]]:

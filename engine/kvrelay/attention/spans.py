@@ -6,6 +6,7 @@ Knows positions and settings. Knows nothing of keys.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kvrelay.cache.arrivals import Arrivals
 from kvrelay.sparse import SparseAttention
 
 
@@ -15,6 +16,9 @@ class Span:
 
     `sparse=None` is dense. Otherwise the rows from position `prompt_end` on attend one by one, as when they
     were generated: a request that starts again after it lost its pages gets the same keys as before.
+
+    Of the last `watched_rows` rows, the tiles that they read, or would if they were generated, are noted;
+    where there are `arrivals`, those that have not come yet.
     """
 
     start: int
@@ -22,6 +26,8 @@ class Span:
     block_ids: Sequence[int]
     sparse: SparseAttention | None = None
     prompt_end: int = 0
+    watched_rows: int = 0
+    arrivals: Arrivals | None = None
 
     @property
     def end(self) -> int:

@@ -4,23 +4,22 @@ Knows shapes, dtypes and bytes. Knows nothing about who owns which block.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from kvrelay.cache.memory import KVMemory
 from kvrelay.errors import TransportError
 from kvrelay.types import KVLayout
 from kvrelay_kernels import KVBlockStats, PagedKV, update_kv_block_stats
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class KVStore:
     """Pages `[num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]`; index 0 of axis 1 is K.
 
-    `landing` is the host memory that peers write into, of the same shape. On a CPU worker it is the pages
-    themselves, so a transfer ends where attention reads. On a device it is a staging copy, and `land` moves
-    a request's blocks over once they are complete.
+    `landed` is the host memory that peers write into, of `memory_bytes` bytes, and `landing` its pages. On a
+    CPU worker it is `memory` itself, so a transfer ends where attention reads. On a device it is a staging
+    copy, and `land` moves a request's blocks over once they are complete, `land_tiles` parts of them.
 
     With `keeps_stats`, statistics of every block's keys lie beside the pages, under the same ids: written
     when a block is full, they move, are shared and are freed with it. They add 4 % to a block's bytes.
@@ -40,15 +39,17 @@ class KVStore:
         has_spare_page: bool = False,
     ) -> None:
         self.layout, self.num_blocks, self.device = layout, num_blocks, device
-        self.landing = view_pages(layout, num_blocks, buffer)
-        self.pages = self.landing
+        self.landed = KVMemory.view(layout, num_blocks, buffer, keeps_stats=keeps_stats)
+        for unwritten in self.landed.tensors[1:]:
+            unwritten.fill_(torch.nan)
+        self.landing = self.landed.pages
         if device.type == "cuda":
             pin(self.landing)
-        if device.type != "cpu" or has_spare_page:
-            shape = (*self.landing.shape[:2], num_blocks + has_spare_page, *self.landing.shape[3:])
-            self.pages = torch.zeros(shape, dtype=self.landing.dtype, device=device)
-        layers = range(layout.num_layers if keeps_stats else 0)
-        self._stats = [KVBlockStats.empty(self.pages[layer, 0]) for layer in layers]
+        num_pages = num_blocks + has_spare_page
+        is_staged = device.type != "cpu" or has_spare_page
+        self.memory = KVMemory.empty(layout, num_pages, device, keeps_stats) if is_staged else self.landed
+        self.pages = self.memory.pages
+        self._stats = [_stats_of(self.memory, layer) for layer in range(len(self.memory.vectors))]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pages of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each."""
@@ -93,6 +94,38 @@ class KVStore:
         index = torch.tensor(block_ids, dtype=torch.int64)
         self.pages[:, :, index.to(self.device)] = self.landing[:, :, index].to(self.device)
 
+    def tile_digests(
+        self, tiles: Mapping[int, Collection[int]], block_ids: Sequence[int], *, landed: bool = False
+    ) -> dict[int, str]:
+        """By layer, the digest of the numbered tiles (see `Arrivals`) of a sequence on these blocks.
+
+        K and V before statistics; of `memory`, or of what peers wrote.
+        """
+        memory, num_parts = self.landed if landed else self.memory, self.layout.num_parts
+        found = {}
+        for layer, numbers in tiles.items():
+            digests = []
+            for is_stats in (False, True):
+                chosen = [n for n in sorted(numbers) if (n % num_parts == num_parts - 1) is is_stats]
+                if chosen:
+                    parts = [number % num_parts for number in chosen]
+                    blocks = [block_ids[number // num_parts] for number in chosen]
+                    digests.append(memory.digest(layer, parts, blocks))
+            found[layer] = "/".join(digests)
+        return found
+
+    def land_tiles(self, tiles: Mapping[int, Collection[int]], block_ids: Sequence[int]) -> None:
+        """Make the landed bytes of the numbered tiles visible."""
+        if self.memory is self.landed:
+            return
+        num_parts = self.layout.num_parts
+        for layer, numbers in tiles.items():
+            for is_stats in (False, True):
+                chosen = [n for n in numbers if (n % num_parts == num_parts - 1) is is_stats]
+                if chosen:
+                    blocks = [(block_ids[n // num_parts],) * 2 for n in chosen]
+                    self.memory.copy(self.landed, layer, [n % num_parts for n in chosen], blocks)
+
     def read_block(self, block: int) -> memoryview:
         """A copy of the block's bytes, K and V of every layer."""
         copied = self.pages[:, :, block].clone(memory_format=torch.contiguous_format)
@@ -111,12 +144,6 @@ class KVStore:
         return tuple(_digest((self.landing if landed else self.pages)[:, :, block]) for block in block_ids)
 
 
-def stats_bytes(layout: KVLayout) -> int:
-    """Bytes of one block's statistics over all layers: five vectors and a number per KV head."""
-    size = DTYPES[layout.dtype].itemsize
-    return layout.num_layers * layout.num_kv_heads * (5 * layout.head_dim + 1) * size
-
-
 def pin(pages: torch.Tensor) -> None:
     """Page-lock host memory that a CUDA device copies to or from, in this process.
 
@@ -132,9 +159,13 @@ def _digest(block: torch.Tensor) -> str:
     return hashlib.blake2b(data.numpy().data, digest_size=8).hexdigest()
 
 
-def view_pages(layout: KVLayout, num_blocks: int, buffer: memoryview) -> torch.Tensor:
-    """A buffer of `num_blocks * layout.block_bytes` bytes seen as the pages tensor; no copy."""
-    shape = (layout.num_layers, 2, num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
-    dtype = DTYPES[layout.dtype]
-    count = num_blocks * layout.block_bytes // dtype.itemsize
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+def _stats_of(memory: KVMemory, layer: int) -> KVBlockStats:
+    mean, minimum, maximum, coarse_minimum, coarse_maximum = memory.vectors[layer]
+    return KVBlockStats(
+        mean=mean,
+        minimum=minimum,
+        maximum=maximum,
+        spread=memory.spreads[layer],
+        coarse_minimum=coarse_minimum,
+        coarse_maximum=coarse_maximum,
+    )

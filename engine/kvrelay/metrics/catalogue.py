@@ -121,6 +121,8 @@ KV = Section(
             "Attempts whose KV did not arrive whole, by error class.", labels=("error",)),
         Metric("kv_transfer_expired_total", "counter", "attempts",
             "Attempts whose writer was silent for a whole lease."),
+        Metric("kv_transfer_stalls_total", "counter", "steps",
+            "Decode steps repeated because KV that they read had not come yet.", needs="a sparse hand-off"),
         Metric("prefix_cache_queries_total", "counter", "tokens",
             "Prompt tokens looked up in prefix caches.", vllm=True, needs="prefix caching"),
         Metric("prefix_cache_hits_total", "counter", "tokens",

@@ -20,6 +20,7 @@ SPANS = {  # event -> the part of the ledger that it begins
     "requeued": "queue_s",
     "prefill_started": "prefill_s",
     "prefill_finished": "transfer_wait_s",
+    "kv_usable": "decode_queue_s",  # of a hand-off in parts: decode starts before all has come
     "kv_committed": "decode_queue_s",
     "decode_started": "first_decode_s",
     "first_token": "decode_s",

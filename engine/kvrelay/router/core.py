@@ -30,6 +30,7 @@ from kvrelay.wire import (
     Reserve,
     Reserved,
     StepReport,
+    Wanted,
     WriterGone,
 )
 
@@ -104,6 +105,10 @@ class Router:
                 self.fleet.loads[message.worker_id].change_cached(message.added, message.removed)
             case WriterGone():
                 self._on_writer_gone(message)
+            case Wanted():
+                writer = self._writers.writer_of(message.ticket_id)
+                if writer is not None:
+                    self._say(writer, message)
             case Reserved():
                 self._on_reserved(message, now_s)
             case Mark():
@@ -147,7 +152,7 @@ class Router:
 
     def _on_step(self, step: StepReport, now_s: float) -> None:
         self.fleet.add_step(step)
-        for request_id in step.attention.keys() | step.moved_s.keys():
+        for request_id in step.attention.keys() | step.moved_s.keys() | step.hand_off.keys():
             request = self.requests.get(RequestId(request_id))
             if request is not None:
                 request.on_step(step)
@@ -174,6 +179,8 @@ class Router:
         if token.finish_reason is None:
             self._deliver(update)
         else:
+            if not request.is_committed:
+                self._cancel_attempt(request)  # the rest of its KV is of no more use
             self._end(request, update)
 
     def _on_prompt_scored(self, message: PromptScored, now_s: float) -> None:
@@ -208,8 +215,9 @@ class Router:
         request.on_mark(message)
         if message.event in ("prefill_finished", "kv_committed"):
             self.fleet.unload_prefill(request)
-        if message.event == "kv_committed":
+        if message.event in ("kv_usable", "kv_committed"):
             self.fleet.succeeded(request)
+        if message.event == "kv_committed":
             request.is_committed = True
             if request.ticket is not None:
                 self._writers.discard(request.ticket.ticket_id)

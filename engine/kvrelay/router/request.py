@@ -10,7 +10,9 @@ from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Ledger
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
+    NO_HAND_OFF,
     FinishReason,
+    HandOff,
     RequestId,
     RequestSpec,
     SamplingParams,
@@ -77,6 +79,7 @@ class RoutedRequest:
     num_cached_tokens: int | None = None
     is_prefilled: bool = False
     is_committed: bool = False
+    has_started_early: bool = False  # decode, on part of the KV
     deadline_s: float | None = None
     has_begun: bool = False
     last_error: KVRelayError | None = None
@@ -88,7 +91,7 @@ class RoutedRequest:
     last_pair: tuple[WorkerId, WorkerId] | None = None  # where the last attempt went
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
     attention: dict[str, AttentionUse] = field(default_factory=dict)
-
+    hand_off: HandOff = NO_HAND_OFF
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     held: list[NewToken] = field(default_factory=list)
 
@@ -112,6 +115,7 @@ class RoutedRequest:
         use = step.attention.get(self.request_id)
         if use is not None:
             self.attention[step.phase] = self.attention.get(step.phase, AttentionUse()) + use
+        self.hand_off += step.hand_off.get(self.request_id, HandOff())
         self.ledger.transfer_s += step.moved_s.get(self.request_id, 0.0)
 
     def spec(self) -> RequestSpec:
@@ -142,7 +146,9 @@ class RoutedRequest:
     def on_mark(self, mark: Mark) -> None:
         """A worker did something for the current attempt."""
         self.has_begun = True
-        self.ledger.add(mark.event, mark.at_s)
+        if mark.event != "kv_committed" or not self.has_started_early:
+            self.ledger.add(mark.event, mark.at_s)
+        self.has_started_early |= mark.event == "kv_usable"
         if mark.event == "prefill_started":
             self.note_cached(mark.num_cached_tokens)
 
@@ -156,7 +162,7 @@ class RoutedRequest:
         self.attempt += 1
         self.attempt_tokens = len(self.token_ids)
         self.prefill, self.decode, self.ticket = prefill, decode, None
-        self.is_prefilled = self.is_committed = False
+        self.is_prefilled = self.is_committed = self.has_started_early = False
         self.held.clear()
         if self.owes_prompt_logprobs:
             del self.prompt_logprobs[1:]

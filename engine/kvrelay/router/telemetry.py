@@ -30,6 +30,7 @@ SPANS = {
 COUNTERS = {  # what workers count in heartbeats -> metric
     "prefix_cache_queries": "prefix_cache_queries_total",
     "prefix_cache_hits": "prefix_cache_hits_total",
+    "kv_stalls": "kv_transfer_stalls_total",
 }
 TIER_HITS = "tier_hits_"  # + the tier's name
 

@@ -21,6 +21,10 @@ class Writers:
         """Nobody writes to the ticket any more."""
         self._open.pop(ticket_id, None)
 
+    def writer_of(self, ticket_id: TicketId) -> WorkerId | None:
+        """Who fills the ticket; None once nobody does."""
+        return self._open.get(ticket_id, (None, None))[0]
+
     def of(self, writer: WorkerId) -> list[WriterGone]:
         """What decode workers must be told when this writer has died."""
         return [

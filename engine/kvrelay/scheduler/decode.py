@@ -7,9 +7,10 @@ token counts. Knows nothing about tensors, sockets or text.
 from bisect import insort
 from dataclasses import dataclass
 
+from kvrelay.cache.arrivals import Arrivals
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
-from kvrelay.types import BLOCK_SIZE, FinishReason, RequestId, RequestSpec, num_blocks
+from kvrelay.types import BLOCK_SIZE, NO_HAND_OFF, FinishReason, HandOff, RequestId, RequestSpec, num_blocks
 
 PENDING = -1  # stands for a token that a step computes and the host does not know yet
 
@@ -43,6 +44,8 @@ class DecodeSequence:
     block_ids: list[int]
     token_ids: list[int]
     started: bool = False
+    arrivals: Arrivals | None = None  # what has yet to come of the prompt's KV; None: nothing
+    hand_off: HandOff = NO_HAND_OFF  # how that came, since it was last reported
 
     @property
     def num_cached(self) -> int:
@@ -93,7 +96,8 @@ class DecodeScheduler:
 
         A sequence that needs a block when none is free takes those of the last in rank; the last of all
         is left out of the batch when it finds none (open tickets will become younger ones). So is one whose
-        newest token, pending or not, is the last it may have.
+        newest token, pending or not, is the last it may have. Those whose KV has not all come have no blocks
+        to give, and are left out while they wait for some.
         """
         batch: list[DecodeSequence] = []
         preempted: list[DecodeSequence] = []
@@ -101,12 +105,11 @@ class DecodeScheduler:
         while position < len(self.running) and len(batch) < self._max_num_seqs:
             sequence = self.running[position]
             position += 1
-            if self._is_full(sequence):
+            if self._is_full(sequence) or (sequence.arrivals is not None and sequence.arrivals.is_stalled):
                 continue
-            while not self._grow(sequence) and self.running[-1] is not sequence:
-                victim = self.running[-1]
-                self.remove(victim)
-                preempted.append(victim)
+            while not self._grow(sequence) and (victims := self._whole(self.running[position:])):
+                self.remove(victims[-1])
+                preempted.append(victims[-1])
             if len(sequence.block_ids) >= num_blocks(len(sequence.token_ids)):
                 batch.append(sequence)
         return batch, preempted
@@ -124,7 +127,7 @@ class DecodeScheduler:
     def remove(self, sequence: DecodeSequence, *, is_sound: bool = True) -> None:
         """Forget a running sequence and free its blocks; those that are full and `is_sound` can be found."""
         self.running.remove(sequence)
-        if is_sound:
+        if is_sound and sequence.arrivals is None:
             request, token_ids = sequence.request, sequence.token_ids[: sequence.num_cached]
             names = self._prefixes.names(request.params, token_ids, request.num_prompt_tokens)
             self._pool.publish(sequence.block_ids[: len(names)], names)
@@ -144,6 +147,9 @@ class DecodeScheduler:
         request, num_tokens = sequence.request, len(sequence.token_ids)
         most = min(request.num_prompt_tokens + request.params.max_tokens, request.max_total_tokens)
         return num_tokens >= most
+
+    def _whole(self, sequences: list[DecodeSequence]) -> list[DecodeSequence]:
+        return [sequence for sequence in sequences if sequence.arrivals is None]
 
     def _grow(self, sequence: DecodeSequence) -> bool:
         missing = num_blocks(len(sequence.token_ids)) - len(sequence.block_ids)

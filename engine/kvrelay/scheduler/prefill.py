@@ -7,10 +7,23 @@ sockets or text.
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from kvrelay.cache.arrivals import Tiles
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
 from kvrelay.types import BLOCK_SIZE, RequestSpec, TicketId, TransferTicket, num_blocks
+
+if TYPE_CHECKING:
+    from kvrelay.transport.base import Write
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A write on its way, and the pages of the sequence that it is of."""
+
+    write: "Write"
+    pages: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -29,16 +42,27 @@ class PrefillJob:
     is_begun: bool = False
     num_cached: int = 0  # tokens whose KV was there when the job began
     num_computed: int = 0  # those included
-    num_outstanding_writes: int = 0
-    num_bytes_written: int = 0
+    outstanding: dict[int, Posted] = field(default_factory=dict)  # by identity of the write
+    num_bytes_written: int = 0  # of K and V
     last_write_s: float = 0.0  # when a write was last posted or completed
     completed_s: float = 0.0  # when a write last completed
     unreported_s: float = 0.0  # no outstanding write began before this
+    starts_early: bool = False  # decode, before everything has come
+    foreseen: Tiles = field(default_factory=dict)  # what the last queries read
+    untold: list[Posted] = field(default_factory=list)  # complete, and decode does not know
+    num_untold_bytes: int = 0
+    num_last_tiles: int = 0  # of K and V in the last layer, complete
+    holds_until_s: float | None = None  # decode has started: without a sign of life from it
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose KV must be there in the end."""
         return self.request.num_prefill_tokens
+
+    @property
+    def num_outstanding_writes(self) -> int:
+        """Writes that were posted and are not complete."""
+        return len(self.outstanding)
 
     @property
     def num_left(self) -> int:
@@ -63,6 +87,11 @@ class Chunk:
     job: PrefillJob
     start: int
     length: int
+
+    @property
+    def foresees(self) -> bool:
+        """Whether these are the last tokens before decode starts with a part of the KV."""
+        return self.job.starts_early and self.start + self.length >= self.job.num_tokens
 
     @property
     def pages(self) -> range:

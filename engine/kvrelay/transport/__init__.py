@@ -1,7 +1,8 @@
 """The data plane: how one worker's KV pages reach another's.
 
 `TRANSPORTS` is the whole registry: a new transport is one file and one line here, and the conformance suite
-(`tests/engine/test_transport_conformance.py`) then runs on it.
+(`tests/engine/test_transport_conformance.py`) then runs on it. `shm:gbit_per_s=1` is `shm` at the pace of
+such a link, to try out what a network slower than the host's memory would do.
 """
 
 from importlib import import_module
@@ -40,7 +41,8 @@ def parse_transport(spec: str) -> tuple[str, dict[str, str]]:
 def is_in_process(spec: str) -> bool:
     """Whether the workers of this transport must share one process (they run as threads then)."""
     name, options = parse_transport(spec)
-    return "inproc" in (name, options.get("inner"))
+    inner, _ = parse_transport(options["inner"]) if "inner" in options else ("", {})
+    return "inproc" in (name, inner)
 
 
 def open_transport(spec: str, site: "Site") -> "Transport":

@@ -10,22 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
+from kvrelay.cache.memory import KVMemory
 from kvrelay.cache.store import KVStore
-from kvrelay.errors import InvalidConfig, LayoutMismatch
+from kvrelay.errors import LayoutMismatch
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
-from kvrelay.wire import Descriptor, Filled, Filling
+from kvrelay.wire import Arrived, Descriptor, Filled, Filling
 
-Notification = Filling | Filled
+Notification = Filling | Arrived | Filled
 
 
 @dataclass(slots=True)
 class Endpoint:
-    """One thread's end of an in-process engine: its landing pages and what it was told."""
+    """One thread's end of an in-process engine: the memory it lands KV in, and what it was told."""
 
-    pages: torch.Tensor
+    memory: KVMemory
     wakeup: Wakeup
     inbox: deque[Notification] = field(default_factory=deque)
 
@@ -52,8 +51,9 @@ class Site:
 class Write:
     """Copy K and V of one layer, block by block, into the peer's pages.
 
-    `source_blocks[i]` goes to `target_blocks[i]`. `ready()` blocks until the source bytes are computed
-    (a device event); None when they already are.
+    `source_blocks[i]` goes to `target_blocks[i]`: part `parts[i]` of it alone where parts are given, all of
+    them tiles of K and V or all of them statistics (see `KVMemory`). Urgent writes go before others.
+    `ready()` blocks until the source bytes are computed (a device event); None when they already are.
     """
 
     ticket_id: TicketId
@@ -62,6 +62,8 @@ class Write:
     source_blocks: Sequence[int]
     target_blocks: Sequence[int]
     ready: Callable[[], None] | None = None
+    parts: Sequence[int] | None = None
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,10 @@ class Transport(Protocol):
         """Map the peer's pages. Raises `LayoutMismatch` when layouts differ, `TransportError` otherwise."""
 
     def write(self, write: Write) -> None:
-        """Post one write. It ends as exactly one `WriteDone` or `WriteFailed`, unless it is cancelled."""
+        """Post one write. It ends as one `WriteDone` or `WriteFailed`, unless withdrawn or cancelled."""
+
+    def withdraw(self, write: Write) -> bool:
+        """Take back a posted write (this very object) that has not begun; False when it is too late."""
 
     def cancel(self, ticket_id: TicketId) -> None:
         """After this returns, no write of the ticket touches the peer's memory or will be reported."""
@@ -143,9 +148,3 @@ def check_layout(mine: Descriptor, peer: Descriptor) -> None:
     if mine.layout.fingerprint() != peer.layout.fingerprint():
         difference = mine.layout.difference(peer.layout)
         raise LayoutMismatch(f"{mine.worker_id} and {peer.worker_id} hold different KV: {difference}")
-
-
-def no_options(name: str, options: dict[str, str]) -> None:
-    """Raise `InvalidConfig` when a transport without options is given some."""
-    if options:
-        raise InvalidConfig(f"transport={name!r} takes no options; got {', '.join(sorted(options))}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvrelay.cache.memory import KVMemory
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, TransportError
 from kvrelay.transport.base import (
@@ -26,6 +27,7 @@ from kvrelay.transport.base import (
     WriteDone,
     WriteFailed,
 )
+from kvrelay.transport.writer import num_bytes
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Descriptor
@@ -37,9 +39,8 @@ MAX_NUMBER = {"seed": 2.0**53, "limit": 2.0**53, "delay_s": 60.0}  # of an optio
 @dataclasses.dataclass(slots=True)
 class _Held:
     release_s: float
-    ticket_id: TicketId
     action: Callable[[], None]
-    is_write: bool
+    write: Write | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,17 +87,31 @@ class FaultyTransport:
         elif self._strikes("truncate"):
             half = len(write.source_blocks) // 2
             sources, targets = write.source_blocks[:half], write.target_blocks[:half]
-            self._post_tampered(write, sources, targets, None)
+            parts = write.parts and write.parts[:half]
+            posted = dataclasses.replace(write, source_blocks=sources, target_blocks=targets, parts=parts)
+            self._post_tampered(write, posted, None)
         elif self._strikes("bitflip"):
             flip = (self._random.randrange(64), self._random.randrange(8))
-            self._post_tampered(write, write.source_blocks, write.target_blocks, flip)
+            self._post_tampered(write, dataclasses.replace(write), flip)
         elif self._strikes("delay"):
-            self._hold(write.ticket_id, lambda: self._inner.write(write), is_write=True)
+            self._hold(lambda: self._inner.write(write), write)
         else:
             self._inner.write(write)
 
+    def withdraw(self, write: Write) -> bool:
+        held = next((each for each in self._held if each.write is write), None)
+        if held is not None:
+            self._held.remove(held)
+            return True
+        tampered = next((each for each in self._tampered if each.asked is write), None)
+        if not self._inner.withdraw(write if tampered is None else tampered.posted):
+            return False
+        if tampered is not None:
+            self._tampered.remove(tampered)
+        return True
+
     def cancel(self, ticket_id: TicketId) -> None:
-        self._held = [held for held in self._held if held.ticket_id != ticket_id or not held.is_write]
+        self._held = [held for held in self._held if held.write is None or held.write.ticket_id != ticket_id]
         self._tampered = [each for each in self._tampered if each.asked.ticket_id != ticket_id]
         self._outcomes = [
             event
@@ -113,11 +128,11 @@ class FaultyTransport:
             self._inner.notify(peer, message)
 
         if self._strikes("reorder") or self._strikes("delay"):
-            self._hold(message.ticket_id, send, is_write=False)
+            self._hold(send)
         else:
             send()
         if self._strikes("duplicate"):
-            self._hold(message.ticket_id, send, is_write=False)
+            self._hold(send)
 
     def poll(self) -> list[TransportEvent]:
         self._wakeup.clear()
@@ -143,9 +158,9 @@ class FaultyTransport:
         self._inner.close()
         self._wakeup.close()
 
-    def _hold(self, ticket_id: TicketId, action: Callable[[], None], *, is_write: bool) -> None:
+    def _hold(self, action: Callable[[], None], write: Write | None = None) -> None:
         release_s = time.monotonic() + self._delay_s * self._random.random()
-        self._held.append(_Held(release_s, ticket_id, action, is_write))
+        self._held.append(_Held(release_s, action, write))
 
     def _strikes(self, fault: str) -> bool:
         if self._remaining <= 0 or self._random.random() >= self._chance.get(fault, 0.0):
@@ -157,8 +172,7 @@ class FaultyTransport:
     def _count(self, fault: str) -> None:
         self.counters[f"fault_{fault}"] = self.counters.get(f"fault_{fault}", 0) + 1
 
-    def _post_tampered(self, write: Write, sources: Any, targets: Any, flip: tuple[int, int] | None) -> None:
-        posted = dataclasses.replace(write, source_blocks=sources, target_blocks=targets)
+    def _post_tampered(self, write: Write, posted: Write, flip: tuple[int, int] | None) -> None:
         self._tampered.append(_Tampered(posted, write, flip))
         self._inner.write(posted)
 
@@ -172,18 +186,26 @@ class FaultyTransport:
         self._tampered.remove(found)
         if isinstance(event, WriteFailed):
             return dataclasses.replace(event, write=found.asked)
-        pages = self._peer_pages(found.asked.peer)
+        memory = self._peer_memory(found.asked.peer)
         if found.flip is not None:
             byte, bit = found.flip
-            page = pages[found.asked.layer, 0, found.asked.target_blocks[0]]
-            page.view(torch.uint8).view(-1)[byte] ^= 1 << bit
-        num_bytes = len(found.asked.source_blocks) * pages[0, :, 0].nbytes
-        return dataclasses.replace(event, write=found.asked, num_bytes=num_bytes)
+            written = _first_bytes(memory, found.asked)
+            written[byte % len(written)] ^= 1 << bit
+        return dataclasses.replace(event, write=found.asked, num_bytes=num_bytes(memory, found.asked))
 
-    def _peer_pages(self, peer: WorkerId) -> torch.Tensor:
+    def _peer_memory(self, peer: WorkerId) -> KVMemory:
         inner: Any = self._inner
-        pages: torch.Tensor = inner.writer.peers[peer]
-        return pages
+        memory: KVMemory = inner.writer.peers[peer]
+        return memory
+
+
+def _first_bytes(memory: KVMemory, write: Write) -> torch.Tensor:
+    """Bytes that the write put there: K of head 0 of its first block, or that block's first part."""
+    block, part = write.target_blocks[0], write.parts[0] if write.parts else 0
+    half, head = divmod(part, memory.pages.shape[3])
+    if half == 2:
+        return memory.vectors[write.layer, 1, block].view(torch.uint8).view(-1)
+    return memory.pages[write.layer, half, block, head].view(torch.uint8).view(-1)
 
 
 def _number(key: str, value: str) -> float:

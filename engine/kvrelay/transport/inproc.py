@@ -15,7 +15,6 @@ from kvrelay.transport.base import (
     TransportEvent,
     Write,
     check_layout,
-    no_options,
 )
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import TicketId, WorkerId
@@ -26,26 +25,26 @@ class InprocTransport:
     """See `Transport`."""
 
     def __init__(self, site: Site, options: dict[str, str]) -> None:
-        no_options("inproc", options)
         if site.hub is None:
             raise TransportError("inproc joins threads of one process; this worker is a process of its own")
         self._site, self._hub = site, site.hub
-        self.writer = PageWriter(site.worker_id)
+        self.writer = PageWriter(site.worker_id, options)
         self._mine: Descriptor | None = None
 
     def allocate(self, num_bytes: int) -> memoryview:
         return memoryview(bytearray(num_bytes))
 
     def register(self, store: KVStore) -> Descriptor:
-        self.writer.source = store.pages
+        self.writer.source = store.memory
         with self._hub.lock:
-            self._hub.endpoints[self._site.worker_id] = Endpoint(store.landing, self.writer.wakeup)
+            self._hub.endpoints[self._site.worker_id] = Endpoint(store.landed, self.writer.wakeup)
         self._mine = Descriptor(
             transport="inproc",
             worker_id=self._site.worker_id,
             epoch=self._site.epoch,
             layout=store.layout,
             num_blocks=store.num_blocks,
+            keeps_stats=store.keeps_stats,
             address={},
         )
         return self._mine
@@ -53,10 +52,13 @@ class InprocTransport:
     def connect(self, peer: Descriptor) -> None:
         assert self._mine is not None, "register comes before connect"
         check_layout(self._mine, peer)
-        self.writer.peers[peer.worker_id] = self._endpoint(peer.worker_id).pages
+        self.writer.peers[peer.worker_id] = self._endpoint(peer.worker_id).memory
 
     def write(self, write: Write) -> None:
         self.writer.submit(write)
+
+    def withdraw(self, write: Write) -> bool:
+        return self.writer.withdraw(write)
 
     def cancel(self, ticket_id: TicketId) -> None:
         self.writer.cancel(ticket_id)

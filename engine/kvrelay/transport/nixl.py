@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kvrelay import wire
+from kvrelay.cache.memory import NUM_VECTORS, KVMemory
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, ProtocolError, TransportError
 from kvrelay.transport.base import (
@@ -27,31 +28,58 @@ from kvrelay.transport.base import (
     TransportEvent,
     Write,
     check_layout,
-    no_options,
 )
 from kvrelay.transport.writer import PageWriter, check_inside, runs
-from kvrelay.types import TicketId, WorkerId
+from kvrelay.types import BLOCK_SIZE, KVLayout, TicketId, WorkerId
 from kvrelay.wire import Descriptor
 
 LOOK_EVERY_S = 0.001
 WRITE_TIMEOUT_S = 10.0  # also what `cancel` may wait for a peer that is gone
 BACKEND = "UCX"
+PIECES = ("pages", "vectors", "spreads")  # of a worker's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the parts of one worker's memory lie: addresses of its pages, vectors and spreads."""
+
+    addresses: tuple[int, int, int]
+    layout: KVLayout
+    num_blocks: int
+    keeps_stats: bool
+
+    def page(self, layer: int, half: int, block: int) -> int:
+        """Address of K (or V) of a block; the next block's follows it."""
+        pages, _, _ = self.addresses
+        return pages + ((layer * 2 + half) * self.num_blocks + block) * self.layout.page_bytes
+
+    def part(self, layer: int, part: int, block: int) -> list[tuple[int, int]]:
+        """Address and size of each piece of a part (see `KVMemory`)."""
+        heads = self.layout.num_kv_heads
+        tile_bytes = self.layout.page_bytes // heads
+        if part < self.layout.statistics:
+            half, head = divmod(part, heads)
+            return [(self.page(layer, half, block) + head * tile_bytes, tile_bytes)]
+        _, vectors, spreads = self.addresses
+        size = self.layout.page_bytes // BLOCK_SIZE  # a vector of every head
+        rows = range(layer * NUM_VECTORS, (layer + 1) * NUM_VECTORS)
+        found = [(vectors + (row * self.num_blocks + block) * size, size) for row in rows]
+        spread = size // self.layout.head_dim  # a number of every head
+        return [*found, (spreads + (layer * self.num_blocks + block) * spread, spread)]
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A remote agent, and where its landing pages lie."""
+    """A remote agent, and where its landing memory lies."""
 
     agent: str
-    address: int
-    shape: tuple[int, int, int]  # layers, halves, blocks
+    places: Places
 
 
 class NixlTransport:
     """See `Transport`."""
 
     def __init__(self, site: Site, options: dict[str, str]) -> None:
-        no_options("nixl", options)
         try:
             api, bindings = import_module("nixl._api"), import_module("nixl._bindings")
         except ImportError as error:
@@ -69,7 +97,7 @@ class NixlTransport:
         self._agent = api.nixl_agent(f"{site.worker_id}/{site.epoch}/{os.getpid()}/{id(self)}", config)
         self._registered: list[Any] = []
         self._inbox: deque[Notification] = deque()
-        self.writer = PageWriter(site.worker_id, self._transfer)
+        self.writer = PageWriter(site.worker_id, options, self._transfer)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name=f"{site.worker_id}-nixl", daemon=True)
         self._thread.start()
@@ -78,19 +106,21 @@ class NixlTransport:
         return memoryview(mmap.mmap(-1, num_bytes))
 
     def register(self, store: KVStore) -> Descriptor:
-        for pages in {id(pages): pages for pages in (store.landing, store.pages)}.values():
-            self._registered.append(self._agent.register_memory(pages.flatten(0, -2)))
-        self.writer.source = store.pages
+        for memory in {id(memory): memory for memory in (store.landed, store.memory)}.values():
+            for tensor in filter(torch.numel, memory.tensors):
+                self._registered.append(self._agent.register_memory(tensor.flatten(0, -2)))
+        self.writer.source = store.memory
         address: dict[str, str | int] = {
             "metadata": base64.b64encode(self._agent.get_agent_metadata()).decode(),
-            "pages": store.landing.data_ptr(),
         }
+        address |= zip(PIECES, (tensor.data_ptr() for tensor in store.landed.tensors), strict=True)
         self._mine = Descriptor(
             transport="nixl",
             worker_id=self._site.worker_id,
             epoch=self._site.epoch,
             layout=store.layout,
             num_blocks=store.num_blocks,
+            keeps_stats=store.keeps_stats,
             address=address,
         )
         return self._mine
@@ -103,16 +133,24 @@ class NixlTransport:
             agent = self._agent.add_remote_agent(metadata)
             agent = agent.decode() if isinstance(agent, bytes) else str(agent)
             self._agent.make_connection(agent)
-            pages = int(peer.address["pages"])
+            pages, vectors, spreads = (int(peer.address[piece]) for piece in PIECES)
         except (KeyError, ValueError, binascii.Error) as error:
             raise TransportError(f"the descriptor of {peer.worker_id} is malformed: {error!r}") from error
         except self._errors as error:
             raise TransportError(f"cannot reach {peer.worker_id}: {error!r}") from error
-        shape = (peer.layout.num_layers, 2, peer.num_blocks)
-        self.writer.peers[peer.worker_id] = Peer(agent, pages, shape)
+        places = Places(
+            addresses=(pages, vectors, spreads),
+            layout=peer.layout,
+            num_blocks=peer.num_blocks,
+            keeps_stats=peer.keeps_stats,
+        )
+        self.writer.peers[peer.worker_id] = Peer(agent, places)
 
     def write(self, write: Write) -> None:
         self.writer.submit(write)
+
+    def withdraw(self, write: Write) -> bool:
+        return self.writer.withdraw(write)
 
     def cancel(self, ticket_id: TicketId) -> None:
         self.writer.cancel(ticket_id)
@@ -163,23 +201,28 @@ class NixlTransport:
                         self.writer.telemetry.add("rejected_notifications")
                 self.writer.wakeup.set()
 
-    def _transfer(self, source: torch.Tensor, peer: Peer, write: Write) -> int:
-        """Copy the write's blocks into the peer's pages, and wait; the number of bytes."""
-        check_inside("layer", [write.layer], min(source.shape[0], peer.shape[0]))
-        check_inside("source block", write.source_blocks, source.shape[2])
-        check_inside("target block", write.target_blocks, peer.shape[2])
-        size = source[0, 0, 0].nbytes
-        stretches = list(runs(write.source_blocks, write.target_blocks))
-        device = (source.get_device(), "VRAM") if source.is_cuda else (0, "DRAM")
-        mine, theirs = [], []
-        for half in range(2):
-            from_at = source[write.layer, half].data_ptr()
-            to_at = peer.address + (write.layer * 2 + half) * peer.shape[2] * size
-            mine += [(from_at + first * size, count * size, device[0]) for first, _, count in stretches]
-            theirs += [(to_at + place * size, count * size, 0) for _, place, count in stretches]
-        descriptors = [self._agent.get_xfer_descs(*each) for each in ((mine, device[1]), (theirs, "DRAM"))]
+    def _transfer(self, source: KVMemory, peer: Peer, write: Write) -> int:
+        """Copy the write's blocks, or parts of them, into the peer's memory, and wait; the bytes."""
+        theirs, layer = peer.places, write.layer
+        mine = Places(
+            addresses=source.addresses,
+            layout=theirs.layout,
+            num_blocks=source.pages.shape[2],
+            keeps_stats=len(source.vectors) > 0,
+        )
+        check_inside("layer", [layer], theirs.layout.num_layers)
+        check_inside("source block", write.source_blocks, mine.num_blocks)
+        check_inside("target block", write.target_blocks, theirs.num_blocks)
+        has_stats = mine.keeps_stats and theirs.keeps_stats
+        check_inside("part", write.parts or (), theirs.layout.statistics + has_stats)
+        moves = _moves(mine, theirs, write)
+        device = (source.pages.get_device(), "VRAM") if source.pages.is_cuda else (0, "DRAM")
+        descriptors = [
+            self._agent.get_xfer_descs([(at, size, device[0]) for at, _, size in moves], device[1]),
+            self._agent.get_xfer_descs([(place, size, 0) for _, place, size in moves], "DRAM"),
+        ]
         self._wait(self._agent.initialize_xfer("WRITE", *descriptors, peer.agent))
-        return len(write.source_blocks) * 2 * size
+        return sum(size for _, _, size in moves)
 
     def _wait(self, transfer: Any) -> None:
         try:
@@ -191,3 +234,22 @@ class NixlTransport:
             self._agent.release_xfer_handle(transfer)
         if state != "DONE":
             raise TransportError(f"NIXL ended the write in state {state}")
+
+
+def _moves(mine: Places, theirs: Places, write: Write) -> list[tuple[int, int, int]]:
+    """Source address, target address and size of each piece that a write copies."""
+    layer, blocks = write.layer, zip(write.source_blocks, write.target_blocks, strict=True)
+    if write.parts is not None:
+        return [
+            (at, place, size)
+            for part, (source, target) in zip(write.parts, blocks, strict=True)
+            for (at, size), (place, _) in zip(
+                mine.part(layer, part, source), theirs.part(layer, part, target), strict=True
+            )
+        ]
+    size = mine.layout.page_bytes
+    return [
+        (mine.page(layer, half, first), theirs.page(layer, half, place), count * size)
+        for half in range(2)
+        for first, place, count in runs(write.source_blocks, write.target_blocks)
+    ]

@@ -13,7 +13,8 @@ from typing import Any
 import zmq
 
 from kvrelay import wire
-from kvrelay.cache.store import KVStore, pin, view_pages
+from kvrelay.cache.memory import KVMemory, memory_bytes
+from kvrelay.cache.store import KVStore, pin
 from kvrelay.errors import ProtocolError, TransportError
 from kvrelay.transport.base import (
     Notice,
@@ -22,7 +23,6 @@ from kvrelay.transport.base import (
     TransportEvent,
     Write,
     check_layout,
-    no_options,
 )
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import TicketId, WorkerId
@@ -33,13 +33,12 @@ class ShmTransport:
     """See `Transport`."""
 
     def __init__(self, site: Site, options: dict[str, str]) -> None:
-        no_options("shm", options)
         if not sys.platform.startswith("linux"):
             raise TransportError(f"shm needs Linux (memfd and /proc); this is {sys.platform}")
         self._site = site
         self._file = -1
         self._mine: Descriptor | None = None
-        self.writer = PageWriter(site.worker_id)
+        self.writer = PageWriter(site.worker_id, options)
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
@@ -56,7 +55,7 @@ class ShmTransport:
             raise TransportError(f"cannot map {num_bytes} bytes for KV pages: {error}") from error
 
     def register(self, store: KVStore) -> Descriptor:
-        self.writer.source = store.pages
+        self.writer.source = store.memory
         address: dict[str, str | int] = {
             "pid": os.getpid(),
             "file": self._file,
@@ -69,6 +68,7 @@ class ShmTransport:
             epoch=self._site.epoch,
             layout=store.layout,
             num_blocks=store.num_blocks,
+            keeps_stats=store.keeps_stats,
             address=address,
         )
         return self._mine
@@ -79,9 +79,10 @@ class ShmTransport:
         missing = {"pid", "file", "inode", "endpoint"} - peer.address.keys()
         if missing:
             raise TransportError(f"the descriptor of {peer.worker_id} lacks {', '.join(sorted(missing))}")
-        pages = view_pages(peer.layout, peer.num_blocks, _map_peer(peer))
-        if self.writer.source is not None and self.writer.source.is_cuda:
-            pin(pages)
+        buffer = _map_peer(peer)
+        memory = KVMemory.view(peer.layout, peer.num_blocks, buffer, keeps_stats=peer.keeps_stats)
+        if self.writer.source is not None and self.writer.source.pages.is_cuda:
+            pin(memory.pages)
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
         outbox.setsockopt(zmq.SNDHWM, 0)  # a burst of leases must not fail a good transfer
@@ -93,11 +94,14 @@ class ShmTransport:
         previous = self._outboxes.pop(peer.worker_id, None)
         if previous is not None:
             previous.close()
-        self.writer.peers[peer.worker_id] = pages
+        self.writer.peers[peer.worker_id] = memory
         self._outboxes[peer.worker_id] = outbox
 
     def write(self, write: Write) -> None:
         self.writer.submit(write)
+
+    def withdraw(self, write: Write) -> bool:
+        return self.writer.withdraw(write)
 
     def cancel(self, ticket_id: TicketId) -> None:
         self.writer.cancel(ticket_id)
@@ -142,7 +146,7 @@ def _map_peer(peer: Descriptor) -> memoryview:
         path = f"/proc/{int(peer.address['pid'])}/fd/{int(peer.address['file'])}"
     except ValueError as error:
         raise TransportError(f"the descriptor of {peer.worker_id} is malformed: {error}") from error
-    num_bytes = peer.num_blocks * peer.layout.block_bytes
+    num_bytes = memory_bytes(peer.layout, peer.num_blocks, keeps_stats=peer.keeps_stats)
     try:
         file = os.open(path, os.O_RDWR)
     except OSError as error:

@@ -4,13 +4,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvrelay.cache.arrivals import Lacking
 from kvrelay.cache.tickets import TicketBook
 from kvrelay.decode_steps import Tokens
 from kvrelay.errors import LeaseExpired, ModelError, TransferFailed
 from kvrelay.scheduler.decode import PENDING, Admission, DecodeScheduler, DecodeSequence
-from kvrelay.types import BLOCK_SIZE, FinishReason, TicketId, TokenLogprobs, TransferTicket, num_blocks
+from kvrelay.types import (
+    BLOCK_SIZE,
+    NO_HAND_OFF,
+    FinishReason,
+    HandOff,
+    TicketId,
+    TokenLogprobs,
+    TransferTicket,
+    num_blocks,
+)
 from kvrelay.wire import (
     Abort,
+    Arrived,
     Filled,
     Filling,
     NewToken,
@@ -20,6 +31,7 @@ from kvrelay.wire import (
     StepReport,
     WriterGone,
 )
+from kvrelay.worker.early import EarlySequences
 from kvrelay.worker.parts import WorkerParts
 
 
@@ -45,6 +57,7 @@ class DecodeSide:
         self._reserved: dict[TicketId, Admission] = {}
         self._begun: Step | None = None
         self._ended_s = 0.0
+        self._early = EarlySequences(parts)
 
     def reserve(self, message: Reserve) -> None:
         """Queue a request for blocks; `Reserved` answers once it has them."""
@@ -73,35 +86,45 @@ class DecodeSide:
             if ticket is None:
                 self._run(admission, admission.block_ids)
 
-    def on_notice(self, message: Filling | Filled) -> None:
-        """A writer's sign of life, or its end."""
+    def on_notice(self, message: Filling | Arrived | Filled) -> None:
+        """A writer's sign of life, what came of it so far, or its end."""
         match message:
+            case Arrived():
+                self.tickets.fill(message.ticket_id, time.monotonic())
+                self._on_arrived(message)
             case Filling():
                 self.tickets.fill(message.ticket_id, time.monotonic())
             case Filled():
                 self._on_filled(message)
 
-    def commit_local(self, ticket_id: TicketId) -> None:
-        """The prefill side of this worker computed straight into the ticket's blocks."""
+    def commit_local(self, ticket_id: TicketId, num_bytes: int = 0) -> None:
+        """The ticket's blocks are full: by this worker's prefill side, or by so many bytes of another's."""
         admission = self._reserved.pop(ticket_id, None)
         blocks = self.tickets.commit(ticket_id)
-        if admission is not None and blocks is not None:
-            self._run(admission, blocks)
+        if admission is None or blocks is None:
+            return
+        if self._early.complete(ticket_id) is None:
+            self._run(admission, blocks, num_bytes)
+            return
+        self._parts.pool.publish(blocks[: len(admission.names)], admission.names)
+        self._parts.pool.release(blocks)  # the sequence, if it still runs, holds them too
+        self._parts.mark(admission.request, "kv_committed")
 
     def abort(self, message: Abort) -> None:
         """Withdraw an attempt wherever it stands; a ticket's blocks stay put until its writer is gone."""
         self.scheduler.withdraw(message.request_id, message.attempt)
         ticket_id = self.tickets.abort(message.request_id, message.attempt)
         if ticket_id is not None:
-            self._reserved.pop(ticket_id, None)
+            self._forget(ticket_id)
 
     def writer_gone(self, message: WriterGone) -> None:
         """No write can reach the ticket's blocks any more."""
         self.tickets.writer_gone(message.ticket_id)
-        self._reserved.pop(message.ticket_id, None)
+        self._forget(message.ticket_id)
 
     def expire(self, now_s: float) -> None:
-        """Give up tickets whose writer fell silent."""
+        """Give up tickets whose writer fell silent, and tell the others that their KV is still wanted."""
+        self._early.renew(now_s)
         for ticket in self.tickets.expire(now_s):
             reason = f"KV of {ticket.request_id}: the writer was silent for {ticket.lease_s:g} s"
             self._give_up(ticket, LeaseExpired(reason))
@@ -136,6 +159,24 @@ class DecodeSide:
         self._begun = None
         return self.tickets.num_blocks
 
+    def _on_arrived(self, message: Arrived) -> None:
+        """Start the ticket's sequence, or go on with what it waited for."""
+        ticket, admission = self.tickets.get(message.ticket_id), self._reserved.get(message.ticket_id)
+        sequence = self._early.get(message.ticket_id)
+        if ticket is None or admission is None or message.may_start is not (sequence is None):
+            return
+        defect = ""
+        if message.layout_fingerprint != (mine := self._parts.store.layout.fingerprint()):
+            defect = f"layout {message.layout_fingerprint}, expected {mine}"
+        elif sequence is None:
+            sequence = self._early.start(ticket, admission)
+            self.scheduler.run(sequence)
+            self._parts.mark(admission.request, "kv_usable")
+        if sequence is not None:
+            defect = defect or self._early.arrive(sequence, message)
+        if defect:
+            self._give_up(ticket, TransferFailed(f"KV of {ticket.request_id}: {defect}"))
+
     def _on_filled(self, message: Filled) -> None:
         ticket = self.tickets.get(message.ticket_id)
         if ticket is None or message.ticket_id not in self._reserved:
@@ -145,10 +186,11 @@ class DecodeSide:
             self._give_up(ticket, TransferFailed(f"KV of {ticket.request_id}: {defect}"))
             self.tickets.writer_gone(ticket.ticket_id)  # it has said that it is done writing
             return
-        self._parts.store.land(ticket.block_ids)
-        blocks = self._reserved[ticket.ticket_id].block_ids
-        self._parts.store.refresh_stats(blocks[: num_blocks(ticket.num_tokens)], ticket.num_tokens)
-        self.commit_local(ticket.ticket_id)
+        if self._early.get(ticket.ticket_id) is None:
+            self._parts.store.land(ticket.block_ids)
+            blocks = self._reserved[ticket.ticket_id].block_ids
+            self._parts.store.refresh_stats(blocks[: num_blocks(ticket.num_tokens)], ticket.num_tokens)
+        self.commit_local(ticket.ticket_id, message.num_bytes)
 
     def _defect(self, ticket: TransferTicket, message: Filled) -> str:
         """What is wrong with the KV that arrived; empty when it is whole."""
@@ -164,20 +206,32 @@ class DecodeSide:
         if self._parts.config.engine.verify_kv:
             mine = self._parts.store.digests(ticket.block_ids, landed=True)
             wrong = [i for i, (a, b) in enumerate(zip(mine, message.digests, strict=False)) if a != b]
+            if self._early.get(ticket.ticket_id) is not None and ticket.num_tokens % BLOCK_SIZE:
+                wrong = [i for i in wrong if i < len(mine) - 1]  # decode writes to the last: compared before
             if wrong or len(mine) != len(message.digests):
                 return f"the digests of blocks {wrong} of {len(mine)} differ from the writer's"
         return ""
 
+    def _forget(self, ticket_id: TicketId) -> Admission | None:
+        """The ticket will not be committed: a sequence that started on it ends."""
+        sequence = self._early.pop(ticket_id)
+        if sequence is not None and sequence in self.scheduler.running:
+            self.scheduler.remove(sequence)
+        return self._reserved.pop(ticket_id, None)
+
     def _give_up(self, ticket: TransferTicket, error: TransferFailed) -> None:
-        admission = self._reserved.pop(ticket.ticket_id, None)
+        admission = self._forget(ticket.ticket_id)
         self.tickets.abort(ticket.request_id, ticket.attempt)
         if admission is not None:
             self._parts.fail(admission.request, error, retryable=True)
 
-    def _run(self, admission: Admission, blocks: list[int]) -> None:
+    def _run(self, admission: Admission, blocks: list[int], num_bytes: int = 0) -> None:
         request, names = admission.request, admission.names
         self._parts.pool.publish(blocks[: len(names)], names)
-        self.scheduler.run(DecodeSequence(request, blocks, list(request.token_ids)))
+        sequence = DecodeSequence(request, blocks, list(request.token_ids))
+        is_first = len(sequence.token_ids) == request.num_prompt_tokens
+        sequence.hand_off = HandOff(num_bytes if is_first else 0, num_bytes)
+        self.scheduler.run(sequence)
         self._parts.mark(request, "kv_committed")
 
     def _begin_step(self, batch: Sequence[DecodeSequence]) -> Step | None:
@@ -218,10 +272,13 @@ class DecodeSide:
                 continue
             later = sequence.token_ids[place + 1 :]
             del sequence.token_ids[place:]
-            if result is None:
-                self._fail_unsound(sequence)
-            else:
-                tokens.append(self._append(sequence, later, *result))
+            match result:
+                case None:
+                    self._fail_unsound(sequence)
+                case Lacking():
+                    self._early.stall(sequence, result.tiles)
+                case _:
+                    tokens.append(self._append(sequence, later, *result))
         self._report(step.batch, tokens, start_s, step.cpu_s + time.process_time() - cpu_s)
         return len(step.batch)
 
@@ -273,5 +330,8 @@ class DecodeSide:
                 num_tokens={token.request_id: 1 for token in tokens},
                 tokens=tuple(tokens),
                 attention=self._parts.runner.attention_by([sequence.request for sequence in batch]),
+                hand_off={s.request.request_id: s.hand_off for s in batch if s.hand_off != NO_HAND_OFF},
             )
         )
+        for sequence in batch:
+            sequence.hand_off = NO_HAND_OFF

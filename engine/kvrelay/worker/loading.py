@@ -14,8 +14,9 @@ import psutil
 import torch
 
 from kvrelay.attention.crossover import measured
+from kvrelay.cache.memory import DTYPES, memory_bytes
 from kvrelay.cache.pool import BlockPool
-from kvrelay.cache.store import DTYPES, KVStore, stats_bytes
+from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.decode_steps import DecodeSteps
 from kvrelay.errors import InvalidConfig
@@ -64,8 +65,8 @@ def load_parts(
     site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
     transport = open_transport(config.engine.transport, site)
     try:
-        buffer = transport.allocate(count * layout.block_bytes)
         sparse = config.engine.sparse()
+        buffer = transport.allocate(memory_bytes(layout, count, keeps_stats=sparse is not None))
         store = KVStore(
             layout, count, buffer, device, keeps_stats=sparse is not None, has_spare_page=has_steps
         )
@@ -151,7 +152,7 @@ def size_pool(
     Raises `InvalidConfig`, with the bytes needed, when that is none or cannot hold one sequence of the
     `max_model_len` that was asked for.
     """
-    block_bytes = layout.block_bytes + (stats_bytes(layout) if engine.sparse() is not None else 0)
+    block_bytes = memory_bytes(layout, 1, keeps_stats=engine.sparse() is not None)
     asked, field = _asked_blocks(engine)
     if asked is not None:
         needed, there_is = asked * block_bytes, psutil.virtual_memory().total

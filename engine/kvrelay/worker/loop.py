@@ -25,6 +25,7 @@ from kvrelay.wire import (
     Shutdown,
     StartFailed,
     Stopped,
+    Wanted,
     WriterGone,
 )
 from kvrelay.worker.decode import DecodeSide
@@ -83,6 +84,8 @@ class Worker:
                 self.prefill.abort(message)
             case Abort():
                 self.decode.abort(message)
+            case Wanted():
+                self.prefill.on_wanted(message)
             case WriterGone():
                 self.decode.writer_gone(message)
             case Shutdown():

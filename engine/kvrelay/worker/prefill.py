@@ -6,20 +6,32 @@ from collections.abc import Sequence
 
 import torch
 
-from kvrelay.errors import TransferFailed, TransportError
+from kvrelay.errors import LeaseExpired, TransferFailed, TransportError
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
-from kvrelay.transport.base import Write, WriteDone, WriteFailed
-from kvrelay.types import BLOCK_SIZE, TransferTicket
-from kvrelay.wire import Abort, Filled, Filling, Prefill, PromptScored, StepReport, WriterGone
+from kvrelay.sparse import starts_early
+from kvrelay.transport.base import WriteDone, WriteFailed
+from kvrelay.types import BLOCK_SIZE, TransferTicket, num_blocks
+from kvrelay.wire import (
+    Abort,
+    Arrived,
+    Filled,
+    Filling,
+    Prefill,
+    PromptScored,
+    StepReport,
+    Wanted,
+    WriterGone,
+)
 from kvrelay.worker.decode import DecodeSide
 from kvrelay.worker.parts import WorkerParts
+from kvrelay.worker.relay import Relay
 
 
 class PrefillSide:
     """Fills tickets: those of other workers over the transport, those of `decode` beside it in place."""
 
     def __init__(self, parts: WorkerParts, decode: DecodeSide) -> None:
-        self._parts, self._decode = parts, decode
+        self._parts, self._decode, self._relay = parts, decode, Relay(parts)
         chunk_tokens = parts.config.engine.prefill_chunk_tokens
         self._scheduler = PrefillScheduler(parts.pool, chunk_tokens, parts.prefixes)
         self._next_renewal_s = 0.0
@@ -31,7 +43,11 @@ class PrefillSide:
         """Queue a prompt."""
         ticket = message.ticket
         if ticket.decode_worker != self._parts.config.worker_id:
-            self._scheduler.add(PrefillJob(message.request, ticket, is_local=False))
+            job = PrefillJob(message.request, ticket, is_local=False)
+            if self._parts.config.engine.kv_handoff == "sparse":
+                sparse = self._parts.runner.sparse_of(message.request)
+                job.starts_early = starts_early(sparse, job.num_tokens)
+            self._scheduler.add(job)
             return
         blocks = self._decode.tickets.blocks(ticket.ticket_id)
         if blocks is None:
@@ -47,6 +63,13 @@ class PrefillSide:
         if job is not None:
             self._scheduler.remove(job)
         self._say_gone(message.ticket)
+
+    def on_wanted(self, message: Wanted) -> None:
+        """Decode runs on what it has: it wants these tiles first, and the rest still."""
+        job = self._scheduler.get(message.ticket_id)
+        if job is not None and job.holds_until_s is not None:
+            job.holds_until_s = time.monotonic() + self._parts.config.engine.lease_s
+            self._relay.hurry(job, message.tiles)
 
     def step(self, num_decoded: int = 0) -> bool:
         """Compute the next chunks, after `num_decoded` tokens of decode; False when nothing was done."""
@@ -67,7 +90,8 @@ class PrefillSide:
                 self._say_gone(chunk.job.ticket)
             return True
         end_s = time.monotonic()
-        for chunk in chunks:
+        for chunk, watched in zip(chunks, self._parts.runner.watched, strict=True):
+            chunk.job.foreseen = watched
             self._scheduler.advance(chunk)
         self._report(chunks, start_s, end_s, time.process_time() - cpu_s)
         for chunk in chunks:
@@ -86,13 +110,9 @@ class PrefillSide:
             job = self._scheduler.get(event.write.ticket_id)
             if job is None:
                 continue
-            job.num_outstanding_writes -= 1
-            job.completed_s = job.last_write_s = job.unreported_s = event.end_s
-            job.num_bytes_written += event.num_bytes
+            num_tokens[job.request.request_id] += self._relay.count(job, event)
             moved_bytes[job.request.request_id] += event.num_bytes
             moved_s[job.request.request_id] += event.end_s - event.start_s
-            if event.write.layer == self._parts.store.layout.num_layers - 1:
-                num_tokens[job.request.request_id] += len(event.write.source_blocks) * BLOCK_SIZE
         start_s = events[0].start_s
         self._parts.send(
             StepReport(
@@ -101,13 +121,13 @@ class PrefillSide:
                 start_s=start_s,
                 end_s=start_s + sum(event.end_s - event.start_s for event in events),
                 cpu_s=sum(event.cpu_s for event in events),
-                num_tokens=dict(num_tokens),
+                num_tokens=dict(+num_tokens),
                 moved_bytes=dict(moved_bytes),
                 moved_s=dict(moved_s),
             )
         )
         for job in list(self._scheduler):
-            self._finish_if_done(job)
+            self._tell(job)
 
     def on_write_failed(self, event: WriteFailed) -> None:
         """Give the attempt up: part of its KV did not leave."""
@@ -137,10 +157,14 @@ class PrefillSide:
                 continue  # the lease will tell
 
     def give_up_hung(self, now_s: float) -> None:
-        """Fail the attempts whose posted writes have not moved for a whole lease."""
+        """Fail the attempts whose writes, or whose running sequence, gave no sign for a whole lease."""
         lease_s = self._parts.config.engine.lease_s
         moved_s = max((job.completed_s for job in self._scheduler), default=0.0)
         for job in list(self._scheduler):
+            if job.holds_until_s is not None and now_s > job.holds_until_s:
+                reason = f"{job.request.request_id}: decode was silent for {lease_s:g} s"
+                self._give_up(job, LeaseExpired(reason))
+                continue
             waited_s = now_s - max(job.last_write_s, moved_s)  # writes leave in order, whoever's they are
             if job.num_outstanding_writes and waited_s > lease_s:
                 reason = f"{job.num_outstanding_writes} KV writes did not complete within {lease_s:g} s"
@@ -161,38 +185,28 @@ class PrefillSide:
         self._parts.count_cached(job.num_tokens, job.num_cached)
         self._parts.mark(job.request, "prefill_started", now_s, num_cached_tokens=job.num_cached)
         for layer in range(self._parts.store.layout.num_layers):
-            self._relay(job, layer, range(job.num_cached // BLOCK_SIZE))
+            self._relay.send(job, layer, range(job.num_cached // BLOCK_SIZE))
+        if job.starts_early:
+            self._send_first(job, range(job.num_cached // BLOCK_SIZE))
         if job.is_computed:
             self._end(job, now_s)
 
     def _end(self, job: PrefillJob, at_s: float) -> None:
         self._parts.mark(job.request, "prefill_finished", at_s)
-        self._finish_if_done(job)
+        if job.starts_early and job.outstanding:
+            self._send_first(job, range(job.num_cached // BLOCK_SIZE, num_blocks(job.num_tokens)))
+            self._relay.hurry(job, job.foreseen)
+        self._tell(job)
+
+    def _send_first(self, job: PrefillJob, pages: range) -> None:
+        sparse = self._parts.runner.sparse_of(job.request)
+        assert sparse is not None, "it starts early because it selects"
+        self._relay.send_first(job, sparse, pages)
 
     def _relay_layer(self, chunks: Sequence[Chunk], layer: int) -> None:
         self.renew(time.monotonic())  # one step may outlast a lease
         for chunk in chunks:
-            self._relay(chunk.job, layer, chunk.pages)
-
-    def _relay(self, job: PrefillJob, layer: int, pages: range) -> None:
-        """Post a write of those of the pages that decode lacks."""
-        pages = range(max(pages.start, job.first_page), pages.stop)
-        if job.is_local or not pages:
-            return
-        job.last_write_s = time.monotonic()
-        if not job.num_outstanding_writes:
-            job.unreported_s = job.last_write_s
-        job.num_outstanding_writes += 1
-        self._parts.transport.write(
-            Write(
-                ticket_id=job.ticket.ticket_id,
-                peer=job.ticket.decode_worker,
-                layer=layer,
-                source_blocks=[job.block_ids[page] for page in pages],
-                target_blocks=[job.ticket.block_ids[page - job.first_page] for page in pages],
-                ready=self._parts.runner.copy_fence(),
-            )
-        )
+            self._relay.send(chunk.job, layer, chunk.pages)
 
     def _score(self, chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:
         """Send the log-probabilities of prompts that are to be scored, slice by slice."""
@@ -212,6 +226,12 @@ class PrefillSide:
                     )
                 )
                 self.renew(time.monotonic())
+
+    def _tell(self, job: PrefillJob) -> None:
+        """Tell decode that the job is done, or what of it has come so far where it may start with that."""
+        if job.is_computed and job.num_outstanding_writes and (news := self._relay.tell(job)):
+            self._notify(job, news)
+        self._finish_if_done(job)
 
     def _finish_if_done(self, job: PrefillJob) -> None:
         if not job.is_computed or job.num_outstanding_writes:
@@ -233,7 +253,7 @@ class PrefillSide:
         if self._notify(job, filled):
             self._scheduler.remove(job)
 
-    def _notify(self, job: PrefillJob, message: Filled) -> bool:
+    def _notify(self, job: PrefillJob, message: Filled | Arrived) -> bool:
         try:
             self._parts.transport.notify(job.ticket.decode_worker, message)
         except TransportError as error:

@@ -1,0 +1,58 @@
+"""What has yet to come of a sequence's KV while it already runs.
+
+Knows numbers of tiles: `page * num_parts + part`, the page counted from the sequence's beginning, the part as
+in `KVMemory`. Knows no tensors, no sockets.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from kvrelay.types import TicketId
+
+Tiles = dict[int, set[int]]  # by layer
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """The tiles without which a sequence's next token cannot be computed, by layer; more may turn out."""
+
+    tiles: Tiles
+
+
+class Arrivals:
+    """The tiles of one ticket that are on their way, and those of them that the next step waits for."""
+
+    def __init__(self, ticket_id: TicketId, num_layers: int, tiles: Iterable[int]) -> None:
+        whole = frozenset(tiles)
+        self.ticket_id = ticket_id
+        self._missing = [set(whole) for _ in range(num_layers)]
+        self.lacking: Tiles = {}
+        self.stalled_s: float | None = None  # since when it waits
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the next step waits for something."""
+        return bool(self.lacking)
+
+    def take(self, arrived: Mapping[int, Collection[int]]) -> bool:
+        """These are here now. False, changing nothing, when some of them were not missing."""
+        missing = dict(enumerate(self._missing))
+        if not arrived.keys() <= missing.keys():
+            return False
+        if not all(missing[layer].issuperset(tiles) for layer, tiles in arrived.items()):
+            return False
+        for layer, tiles in arrived.items():
+            missing[layer].difference_update(tiles)
+            if layer in self.lacking:
+                self.lacking[layer] -= set(tiles)
+                if not self.lacking[layer]:
+                    del self.lacking[layer]
+        return True
+
+    def missing(self, layer: int, tiles: Collection[int]) -> set[int]:
+        """Those of the tiles that are not here yet."""
+        return self._missing[layer].intersection(tiles)
+
+    def rest(self) -> Tiles:
+        """All that is not here yet."""
+        return {layer: set(tiles) for layer, tiles in enumerate(self._missing) if tiles}

@@ -1,0 +1,228 @@
+"""What leaves first, and that all of it leaves once: `Relay` and `Arrivals` against any order of wishes."""
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay.cache.arrivals import Arrivals
+from kvrelay.scheduler.prefill import PrefillJob
+from kvrelay.sparse import SparseAttention
+from kvrelay.transport.base import Write, WriteDone
+from kvrelay.types import (
+    KVLayout,
+    RequestId,
+    RequestSpec,
+    SamplingParams,
+    TicketId,
+    TransferTicket,
+    WorkerId,
+    num_blocks,
+)
+from kvrelay.worker.relay import TILES_PER_WRITE, Relay
+
+LAYOUT = KVLayout(model="fake", dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4)
+PARTS = LAYOUT.num_parts
+SPARSE = SparseAttention(budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+STATISTICS_BYTES = 7
+
+
+class Link:
+    """A transport that completes the first write when told to; writes that were begun cannot be withdrawn."""
+
+    def __init__(self) -> None:
+        self.queue: list[Write] = []
+        self.begun: Write | None = None
+
+    def write(self, write: Write) -> None:
+        place = len([each for each in self.queue if each.is_urgent]) if write.is_urgent else len(self.queue)
+        self.queue.insert(place, write)
+
+    def withdraw(self, write: Write) -> bool:
+        if not any(each is write for each in self.queue):
+            return False
+        self.queue = [each for each in self.queue if each is not write]
+        return True
+
+    def begin(self) -> None:
+        if self.begun is None and self.queue:
+            self.begun = self.queue.pop(0)
+
+    def finish(self) -> WriteDone | None:
+        self.begin()
+        write, self.begun = self.begun, None
+        if write is None:
+            return None
+        if write.parts is None:
+            size = len(write.source_blocks) * 2 * LAYOUT.page_bytes
+        elif write.parts[0] == LAYOUT.statistics:
+            size = len(write.parts) * STATISTICS_BYTES
+        else:
+            size = len(write.parts) * LAYOUT.page_bytes // LAYOUT.num_kv_heads
+        return WriteDone(write, size, 1.0, 2.0)
+
+
+def job_of(num_tokens: int, num_cached: int) -> PrefillJob:
+    """A job whose pages lie at 100, 101, … here and 500, … at decode, which has the first ones already."""
+    request = RequestSpec(
+        request_id=RequestId("r"),
+        attempt=1,
+        arrival=0,
+        token_ids=tuple(range(num_tokens + 1)),
+        num_prompt_tokens=num_tokens + 1,
+        max_total_tokens=num_tokens + 9,
+        params=SamplingParams(),
+        seed=0,
+    )
+    count = num_blocks(num_tokens)
+    ticket = TransferTicket(
+        ticket_id=TicketId("t"),
+        request_id=request.request_id,
+        attempt=1,
+        decode_worker=WorkerId("peer"),
+        epoch=1,
+        block_ids=tuple(range(500 + num_cached, 500 + count)),
+        num_tokens=num_tokens,
+        lease_s=8.0,
+        num_cached_tokens=64 * num_cached,
+    )
+    return PrefillJob(request, ticket, False, list(range(100, 100 + count)), starts_early=True)
+
+
+def relay_over(link: Link) -> Relay:
+    stand_in: Any = SimpleNamespace(
+        store=SimpleNamespace(layout=LAYOUT),
+        transport=link,
+        runner=SimpleNamespace(copy_fence=lambda: None),
+        config=SimpleNamespace(engine=SimpleNamespace(lease_s=8.0, verify_kv=False)),
+    )
+    return Relay(stand_in)
+
+
+def written(events: list[WriteDone]) -> Counter[tuple[int, int, int, int]]:
+    """How often each (layer, part, source block, target block) left."""
+    found: Counter[tuple[int, int, int, int]] = Counter()
+    for event in events:
+        write = event.write
+        parts = (
+            [range(PARTS - 1)] * len(write.source_blocks)
+            if write.parts is None
+            else [[part] for part in write.parts]
+        )
+        for each, source, target in zip(parts, write.source_blocks, write.target_blocks, strict=True):
+            found.update((write.layer, part, source, target) for part in each)
+    return found
+
+
+@settings(deadline=None)
+@given(
+    num_tokens=st.integers(64, 700),
+    num_cached=st.integers(0, 3),
+    prefix=st.integers(0, 6),
+    data=st.data(),
+)
+def test_every_tile_leaves_once_whatever_is_wanted_when(
+    num_tokens: int, num_cached: int, prefix: int, data: st.DataObject
+) -> None:
+    link = Link()
+    relay, job = relay_over(link), job_of(num_tokens, min(num_cached, num_tokens // 64))
+    count, first = num_blocks(num_tokens), job.first_page
+    here = min(prefix, num_tokens // 64)
+    arrivals = [
+        Arrivals(job.ticket.ticket_id, LAYOUT.num_layers, range(first * PARTS, count * PARTS)) for _ in "ab"
+    ]
+    events, told = list[WriteDone](), list[Any]()
+
+    def turn() -> None:
+        """Anything may happen: a write begins, or ends, or some tiles are wanted at once."""
+        for action in data.draw(st.lists(st.sampled_from(["begin", "finish", "want"]), max_size=4)):
+            if action == "begin":
+                link.begin()
+            elif action == "want":
+                tiles = data.draw(st.sets(st.integers(0, count * PARTS - 1), max_size=20))
+                relay.hurry(job, {data.draw(st.integers(0, LAYOUT.num_layers - 1)): tiles})
+            elif (event := link.finish()) is not None:
+                events.append(event)
+                relay.count(job, event)
+                told.append(relay.tell(job))
+
+    for pages in (range(here), range(here, count)):
+        for layer in range(LAYOUT.num_layers):
+            relay.send(job, layer, pages)
+            turn()
+        job.num_computed = min(num_tokens, 64 * pages.stop) if pages.stop < count else num_tokens
+        if job.outstanding:
+            relay.send_first(job, SPARSE, pages)
+        turn()
+    told.append(relay.tell(job))
+    while (event := link.finish()) is not None:
+        turn()
+        events.append(event)
+        relay.count(job, event)
+        told.append(relay.tell(job))
+
+    found = written(events)
+    expected = {
+        (layer, part, 100 + page, 500 + page)
+        for layer in range(LAYOUT.num_layers)
+        for part in range(PARTS - 1)
+        for page in range(first, count)
+    }
+    assert {key: times for key, times in found.items() if key[1] < LAYOUT.statistics} == dict.fromkeys(
+        expected, 1
+    )
+    assert all(times == 1 for times in found.values()), "statistics leave at most once"
+    assert job.num_bytes_written == (count - first) * LAYOUT.block_bytes
+    assert not job.outstanding
+    messages = [message for message in told if message is not None]
+    assert [message.may_start for message in messages] == [True, *[False] * (len(messages) - 1)][
+        : len(messages)
+    ]
+    for message in messages:
+        assert arrivals[0].take(message.tiles), "told once"
+    assert sum(message.num_bytes for message in messages) == sum(event.num_bytes for event in events)
+
+
+def test_decode_may_start_with_what_it_surely_reads_and_what_was_foreseen() -> None:
+    link = Link()
+    relay, job = relay_over(link), job_of(640 + 20, 0)
+    for layer in range(LAYOUT.num_layers):
+        relay.send(job, layer, range(11))
+    job.num_computed, job.foreseen = 660, {1: {4 * PARTS + 1, 4 * PARTS + 3}, 2: {7 * PARTS}}
+    assert relay.tell(job) is None
+    relay.send_first(job, SPARSE, range(11))
+    relay.hurry(job, job.foreseen)
+    message = None
+    while message is None:
+        event = link.finish()
+        assert event is not None
+        relay.count(job, event)
+        message = relay.tell(job)
+    assert message.may_start
+    statistics = {page * PARTS + LAYOUT.statistics for page in range(10)}
+    whole = {page * PARTS + part for page in range(11) for part in range(PARTS - 1)}
+    forced = {page * PARTS + part for page in (0, 10) for part in range(PARTS - 1)}
+    assert set(message.tiles[0]) == whole, "a dense layer: all of it, and statistics later"
+    assert set(message.tiles[1]) == statistics | forced | job.foreseen[1]
+    assert set(message.tiles[2]) == statistics | forced | job.foreseen[2]
+    assert all(len(write.source_blocks) <= TILES_PER_WRITE for write in link.queue)
+    assert not any(write.is_urgent for write in link.queue)
+
+
+@pytest.mark.parametrize("arrived", [{0: (1,)}, {0: (3,)}, {0: (1, 3)}, {1: (1,)}, {}, {2: (1,)}, {-1: (1,)}])
+def test_what_came_before_or_was_never_missing_changes_nothing(arrived: dict[int, tuple[int, ...]]) -> None:
+    arrivals = Arrivals(TicketId("t"), 2, [1, 2])
+    assert arrivals.take({0: (1,), 1: (2,)})
+    arrivals.lacking = {0: {2}, 1: {1}}
+    is_new = arrived in ({1: (1,)}, {})
+    assert arrivals.take(arrived) is is_new
+    assert arrivals.rest() == ({0: {2}} if arrived == {1: (1,)} else {0: {2}, 1: {1}})
+    assert arrivals.lacking == ({0: {2}} if arrived == {1: (1,)} else {0: {2}, 1: {1}})
+    assert arrivals.is_stalled
+    assert arrivals.missing(0, [1, 2, 3]) == {2}
+    assert arrivals.take(arrivals.rest())
+    assert not arrivals.is_stalled
+    assert arrivals.rest() == {}
