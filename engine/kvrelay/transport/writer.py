@@ -69,7 +69,7 @@ class PageWriter:
                 return
         event = self._copy(
             write, time.monotonic()
-        )  # nothing comes between: only the poster fills and cancels
+        )  # only the poster fills and cancels: alone
         with self._changed:
             self._events.append(event)
         self.wakeup.set()
