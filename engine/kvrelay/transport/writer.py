@@ -67,9 +67,7 @@ class PageWriter:
                 (self._urgent if write.is_urgent else self._queue).append(write)
                 self._changed.notify_all()
                 return
-        event = self._copy(
-            write, time.monotonic()
-        )  # only the poster fills and cancels: alone
+        event = self._copy(write, time.monotonic())  # only the poster fills and cancels: alone
         with self._changed:
             self._events.append(event)
         self.wakeup.set()
