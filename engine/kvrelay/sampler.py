@@ -88,7 +88,7 @@ def _draw_all(below: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, t
     ranks = torch.arange(values.shape[1], device=values.device)
     weights = values.exp() * (ranks < top_k)
     keep = weights.cumsum(dim=-1) - weights < top_p * weights.sum(dim=-1, keepdim=True)
-    keep &= (weights >= min_p * weights[:, :1]) & (weights > 0) | (ranks == 0)
+    keep &= (weights >= min_p * weights[:, :1]) & (weights > 0)  # the first is always kept
     cumulative = (weights * keep).cumsum(dim=-1)
     index = (cumulative <= target * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     index = torch.minimum(index, keep.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # of NaN, none is kept
