@@ -57,7 +57,34 @@ def peers(record: dict[str, Any]) -> str:
             for name in ours
         ]
         rows.append([cell, *figures, *ratios])
-    return _table(rows) + _source(record, "peers.json")
+    return _table(rows) + _source(record, f"{record['name']}.json")
+
+
+def attention(record: dict[str, Any]) -> str:
+    """One layer's attention by length: prefill (selection and statistics included) and one decode step."""
+    steps = {(row["dtype"], row["tokens"]): row for row in record["results"]["decode"]}
+    rows = [
+        [
+            "tokens, dtype",
+            "SDPA (s)",
+            "sparse (s)",
+            "SDPA / sparse",
+            "fewer FLOPs",
+            "sparse / GEMM rate",
+            "decode: SDPA (ms)",
+            "sparse (ms)",
+            "SDPA / sparse",
+            "dense: read / bandwidth",
+        ]
+    ]
+    for row in record["results"]["prefill"]:
+        sparse_s = row["sparse_s"] + row["selection_s"] + row["statistics_s"]
+        step = steps[row["dtype"], row["tokens"]]
+        figures = (row["sdpa_s"], sparse_s, row["speedup"], row["flop_reduction"])
+        decode = (step["sdpa_ms"], step["selection_ms"] + step["sparse_ms"], step["speedup"])
+        rows.append([f"{row['tokens']}, {row['dtype']}", *map(_figure, figures), f"{row['sparse_of_gemm']:.0%}"])
+        rows[-1] += [*map(_figure, decode), f"{step['dense_of_read']:.0%}"]
+    return _table(rows) + _source(record, "attention-cpu.json")
 
 
 def interference(record: dict[str, Any]) -> str:
@@ -149,11 +176,13 @@ def _beside_dense(row: dict[str, Any], part: str) -> str:
 
 
 TABLES = {
+    "attention-cpu": attention,
     "decode_step": decode_step,
     "disaggregation": disaggregation,
     "disaggregation_map": disaggregation_map,
     "interference": interference,
     "peers": peers,
+    "peers-float32": peers,
     "quality": quality,
     "selection": selection,
     "transport": transport,
