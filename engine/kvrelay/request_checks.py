@@ -18,6 +18,8 @@ def check_tokens(token_ids: Sequence[int], vocab_size: int, field: str = "prompt
     """Raise `InvalidRequest`, naming the field, for no tokens or one that the vocabulary does not have."""
     if not token_ids:
         raise InvalidRequest(f"{field}: it is empty; at least one token is needed")
-    for token in token_ids:
+    if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
+    for token in token_ids:  # one of them is wrong: which?
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InvalidRequest(f"{field}: token id {token!r} is not in 0 to {vocab_size - 1}")

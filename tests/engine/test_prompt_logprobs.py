@@ -139,6 +139,24 @@ def test_tokens_that_overtake_the_scores_wait_for_them() -> None:
     assert [entry and entry.logprob for entry in scene.request.prompt_logprobs] == [None, -2.0, -3.0]
 
 
+def test_tokens_that_waited_end_with_their_request() -> None:
+    """Its owner finds a stop string in the first of them: the second is nobody's."""
+    scene = Scene()
+    scene.reserve()
+    told: list[Update] = []
+
+    def stop_at_once(update: Update) -> None:
+        told.append(update)
+        scene.router.finish(update.request_id, "stop", update.at_s)
+
+    scene.router._deliver = stop_at_once
+    scene.router.on_message(token(1, 7), 1.0)
+    scene.router.on_message(token(1, 8), 2.0)
+    scene.router.on_message(scored(1, 1, 2), 3.0)
+    assert [update.token_id for update in told] == [7, None]
+    assert scene.request.token_ids == [5, 5, 5, 7]
+
+
 def test_a_writer_that_dies_before_it_has_told_them_is_replaced() -> None:
     """Its KV is with decode, so that nothing else would ever come: the request must not wait for ever."""
     scene = Scene(num_prefill=2)

@@ -224,6 +224,30 @@ def test_requests_that_do_not_end_in_time_are_moved() -> None:
     assert moved, f"some were on d1 for longer than {DRAIN_S:g} s"
 
 
+def test_only_the_handshakes_of_the_change_count() -> None:
+    world = ChangingWorld(0, 0.0, "lost")
+    world.change("d1", "prefill", 1.0)
+
+    def strangers() -> None:
+        world.roles.on_connected((WorkerId("p0"), WorkerId("d0")), WorkerFailed("x"), world.network.now_s)
+        assert world.roles.is_busy
+        assert world.role("d1") == ("decode", 1, True)
+
+    world.network.later(strangers, 40.0)
+    world.network.run()
+    assert "connecting took longer" in str(world.done[0])
+
+
+def test_one_as_large_must_stay_in_the_role() -> None:
+    world = ChangingWorld(0, 0.0)
+    world.router.fleet.loads[WorkerId("d0")].num_blocks -= 1
+    world.change("d1", "prefill", 1.0)
+    world.change("d0", "prefill", 2.0)
+    world.network.run()
+    assert "no other decode worker has as many" in str(world.done[0])
+    assert world.done[1] is None
+
+
 def test_a_second_change_is_refused_and_a_death_ends_the_first() -> None:
     world = ChangingWorld(2, 0.0, "lost")
     world.change("d1", "prefill", 1.0)

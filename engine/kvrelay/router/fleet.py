@@ -110,9 +110,7 @@ class Fleet:
             if decode.role == "colocated" or self._stays_local(decode, job.num_tokens, num_cached):
                 found += [Pair(decode, decode)] if decode.can_prefill() else []
             else:
-                found += [
-                    Pair(load, decode) for load in prefills if load.can_prefill() and load is not decode
-                ]
+                found += [Pair(load, decode) for load in prefills if load.can_prefill()]
         return found
 
     def take(self, request: RoutedRequest, pair: Pair, now_s: float) -> None:

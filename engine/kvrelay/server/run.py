@@ -7,6 +7,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from kvrelay.server.connection import limited_connection
 from kvrelay.server.service import Service
 from kvrelay.server_config import ServerConfig
 
+SWITCH_S = 0.0005  # how long the router's thread may keep the server's waiting, or the other way round
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that none is closed while it is being used
 BACKLOG = 2048
 logger = logging.getLogger("kvrelay")
@@ -34,6 +36,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, say: Callable[[str]
     `say` gets one line once requests are served. Raises what the engine raises when it cannot start, and
     `InvalidConfig` when the address is taken.
     """
+    sys.setswitchinterval(SWITCH_S)
     listener = bind(config.host, config.port)
     with listener:
         engine = Engine(engine_config)
