@@ -6,7 +6,8 @@ process of its own, so that its costs are the kernel's and not a library's.
 Time to first token, from handing a request over to its first token in the client's hands, is mostly queueing
 at 16 requests at once, and differs by hundreds of milliseconds from round to round. So each request's is
 compared with what the engine's ledger says of the very same request: what is left is the way in and the way
-out, and what HTTP adds is how much longer these are through the server than through the Python API.
+out, and what HTTP adds is how much longer these are through the server than through the Python API. Clients
+begin one after the other and ask for answers of different lengths, so that they do not all come at one instant.
 """
 
 import argparse
@@ -27,11 +28,13 @@ from kvrelay import SamplingParams
 from kvrelay.experiments.record import Gate, make_record, write_record
 from kvrelay.llm import AsyncLLM
 from kvrelay.server.app import create_app
-from kvrelay.server.run import DrainingServer, bind
+from kvrelay.server.run import SWITCH_S, DrainingServer, bind
 from kvrelay.server_config import ServerConfig
 
 RESULT = Path(__file__).parent / "results" / "server_overhead.json"
 MOST_TTFT_MS, MOST_LOSS = 1.0, 0.03
+APART_S = 0.05
+ASKED = {"temperature": 0, "ignore_eos": True, "stream": True, "kvrelay": True}
 
 
 def prompt(index: int) -> str:
@@ -52,13 +55,25 @@ class Round:
         return [seen - ledger for seen, ledger in self.ttft_s]
 
 
+def num_tokens(number: int, round_number: int, output_tokens: int) -> int:
+    """Tokens of one answer: half to one and a half times as many."""
+    return output_tokens // 2 + (number * 7 + round_number * 11) % (output_tokens + 1)
+
+
+def total_tokens(concurrency: int, requests: int, output_tokens: int) -> int:
+    """Tokens of a whole round."""
+    return sum(num_tokens(n, r, output_tokens) for n in range(concurrency) for r in range(requests))
+
+
 async def through_python(llm: AsyncLLM, options: argparse.Namespace) -> Round:
     """A round through the Python API."""
-    params = SamplingParams(max_tokens=options.output_tokens, temperature=0.0, ignore_eos=True)
     found: list[tuple[float, float]] = []
 
     async def worker(number: int) -> None:
+        await asyncio.sleep(number * APART_S)
         for round_number in range(options.requests):
+            count = num_tokens(number, round_number, options.output_tokens)
+            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
             begin_s, first_s = time.monotonic(), None
             async for event in llm.stream(prompt(number * options.requests + round_number), params):
                 if first_s is None and event.token_ids:
@@ -69,7 +84,8 @@ async def through_python(llm: AsyncLLM, options: argparse.Namespace) -> Round:
     begin_s = time.monotonic()
     await asyncio.gather(*(worker(number) for number in range(options.concurrency)))
     elapsed_s = time.monotonic() - begin_s
-    return Round(found, options.concurrency * options.requests * options.output_tokens / elapsed_s)
+    total = total_tokens(options.concurrency, options.requests, options.output_tokens)
+    return Round(found, total / elapsed_s)
 
 
 def over_http(port: int, concurrency: int, requests: int, output_tokens: int) -> Round:
@@ -78,15 +94,10 @@ def over_http(port: int, concurrency: int, requests: int, output_tokens: int) ->
 
     async def worker(number: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+        await asyncio.sleep(number * APART_S)
         for round_number in range(requests):
-            body = {
-                "prompt": prompt(number * requests + round_number),
-                "max_tokens": output_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "kvrelay": True,
-            }
+            count = num_tokens(number, round_number, output_tokens)
+            body = {"prompt": prompt(number * requests + round_number), "max_tokens": count, **ASKED}
             content = json.dumps(body).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
             begin_s = time.monotonic()
@@ -104,7 +115,7 @@ def over_http(port: int, concurrency: int, requests: int, output_tokens: int) ->
     begin_s = time.monotonic()
     asyncio.run(all_workers())
     elapsed_s = time.monotonic() - begin_s
-    return Round(found, concurrency * requests * output_tokens / elapsed_s)
+    return Round(found, total_tokens(concurrency, requests, output_tokens) / elapsed_s)
 
 
 def start_server(llm: AsyncLLM) -> tuple[DrainingServer, threading.Thread, int]:
@@ -172,6 +183,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    sys.setswitchinterval(SWITCH_S)  # as `kvrelay serve` does; for both ways
     results = asyncio.run(measure(options))
     gate = Gate(
         checks={
