@@ -6,8 +6,8 @@ process of its own, so that its costs are the kernel's and not a library's.
 Time to first token, from handing a request over to its first token in the client's hands, is mostly queueing
 at 16 requests at once, and differs by hundreds of milliseconds from round to round. So each request's is
 compared with what the engine's ledger says of the very same request: what is left is the way in and the way
-out, and what HTTP adds is how much longer these are through the server than through the Python API. Clients
-begin one after the other and ask for answers of different lengths, so that they do not all come at one instant.
+out, and what HTTP adds is how much longer these are through the server than through the Python API. The
+clients begin one after the other and ask for answers of different lengths: they do not all come at once.
 """
 
 import argparse
