@@ -24,7 +24,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"prefill_workers": 0}, InvalidConfig, "prefill_workers=0: expected at least 1"),
     ({"decode_workers": "two"}, InvalidConfig, "decode_workers"),
     ({"decode_wokers": 2}, InvalidConfig, "decode_wokers: there is no such setting; there are model, mode"),
-    ({"transport": "carrier-pigeon"}, UnknownName, "expected one of faulty, inproc, shm"),
+    ({"transport": "carrier-pigeon"}, UnknownName, "expected one of faulty, inproc, nixl, shm"),
     ({"transport": "shm:speed=9"}, InvalidConfig, "shm"),
     ({"policy": "best"}, UnknownName, "expected one of auto, energy_aware"),
     ({"device": "tpu"}, UnknownName, "expected one of auto, cpu, cuda"),
