@@ -25,7 +25,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"decode_workers": "two"}, InvalidConfig, "decode_workers"),
     ({"decode_wokers": 2}, InvalidConfig, "decode_wokers: there is no such setting; there are model, mode"),
     ({"transport": "carrier-pigeon"}, UnknownName, "expected one of faulty, inproc, nixl, shm"),
-    ({"transport": "shm:speed=9"}, InvalidConfig, "shm"),
+    ({"transport": "shm:speed=9"}, InvalidConfig, "there is no option 'speed'"),
     ({"policy": "best"}, UnknownName, "expected one of auto, energy_aware"),
     ({"device": "tpu"}, UnknownName, "expected one of auto, cpu, cuda"),
     ({"dtype": "int4"}, UnknownName, "expected one of auto, float32"),
