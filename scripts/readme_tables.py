@@ -82,7 +82,9 @@ def attention(record: dict[str, Any]) -> str:
         step = steps[row["dtype"], row["tokens"]]
         figures = (row["sdpa_s"], sparse_s, row["speedup"], row["flop_reduction"])
         decode = (step["sdpa_ms"], step["selection_ms"] + step["sparse_ms"], step["speedup"])
-        rows.append([f"{row['tokens']}, {row['dtype']}", *map(_figure, figures), f"{row['sparse_of_gemm']:.0%}"])
+        rows.append(
+            [f"{row['tokens']}, {row['dtype']}", *map(_figure, figures), f"{row['sparse_of_gemm']:.0%}"]
+        )
         rows[-1] += [*map(_figure, decode), f"{step['dense_of_read']:.0%}"]
     return _table(rows) + _source(record, "attention-cpu.json")
 
