@@ -145,6 +145,21 @@ def decode_step(record: dict[str, Any]) -> str:
     return _table(rows) + lines + _source(record, "decode_step.json")
 
 
+def hand_off(record: dict[str, Any]) -> str:
+    """Full and sparse hand-off at each pace: time to first token and bytes before it, cold and cached."""
+    columns = ("link, prompt", "TTFT full (s)", "sparse (s)", "full / sparse", "after prefill, full / sparse")
+    rows = [[*columns, "MB before the first token, full", "sparse", "stalls", "stalled (s)"]]
+    for pace, cell in record["results"]["cells"].items():
+        for start, name in (("cold", "computed"), ("cached", "cached at prefill")):
+            full, sparse = cell["full"][start], cell["sparse"][start]
+            ratios = record["results"]["full over sparse"][pace][start]
+            figures = [full["ttft_s"], sparse["ttft_s"], ratios["ttft_s"], ratios["after_prefill_s"]]
+            figures += [full["mb_before_first_token"], sparse["mb_before_first_token"]]
+            figures += [sparse["num_stalls"], sparse["stall_s"]]
+            rows.append([f"{pace}, {name}", *map(_figure, figures)])
+    return _table(rows) + _source(record, "hand_off.json")
+
+
 def quality(record: dict[str, Any]) -> str:
     """Sparse against dense: text, needles and RULER, each beside dense on the same samples."""
     rows = [
@@ -182,6 +197,7 @@ TABLES = {
     "decode_step": decode_step,
     "disaggregation": disaggregation,
     "disaggregation_map": disaggregation_map,
+    "hand_off": hand_off,
     "interference": interference,
     "peers": peers,
     "peers-float32": peers,

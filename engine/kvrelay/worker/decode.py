@@ -8,6 +8,7 @@ from kvrelay.cache.arrivals import Lacking
 from kvrelay.cache.tickets import TicketBook
 from kvrelay.decode_steps import Tokens
 from kvrelay.errors import LeaseExpired, ModelError, TransferFailed
+from kvrelay.sampler import Sampled
 from kvrelay.scheduler.decode import PENDING, Admission, DecodeScheduler, DecodeSequence
 from kvrelay.types import (
     BLOCK_SIZE,
@@ -270,17 +271,22 @@ class DecodeSide:
         for sequence, place, result in zip(step.batch, step.places, results, strict=True):
             if sequence not in self.scheduler.running:
                 continue
-            later = sequence.token_ids[place + 1 :]
-            del sequence.token_ids[place:]
-            match result:
-                case None:
-                    self._fail_unsound(sequence)
-                case Lacking():
-                    self._early.stall(sequence, result.tiles)
-                case _:
-                    tokens.append(self._append(sequence, later, *result))
+            tokens += self._take(sequence, place, result)
         self._report(step.batch, tokens, start_s, step.cpu_s + time.process_time() - cpu_s)
         return len(step.batch)
+
+    def _take(self, sequence: DecodeSequence, place: int, result: Sampled | Lacking | None) -> list[NewToken]:
+        """What came of a step for one sequence, whose new token has that place; none if nothing did."""
+        later = sequence.token_ids[place + 1 :]
+        del sequence.token_ids[place:]
+        match result:
+            case None:
+                self._fail_unsound(sequence)
+            case Lacking():
+                self._early.stall(sequence, result.tiles)
+            case _:
+                return [self._append(sequence, later, *result)]
+        return []
 
     def _fail_step(self, batch: Sequence[DecodeSequence], error: RuntimeError) -> None:
         lost = [sequence for sequence in batch if sequence in self.scheduler.running]
