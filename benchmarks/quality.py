@@ -27,7 +27,7 @@ from quality_model import Reader
 from quality_report import report
 from quality_tasks import RULER, TEXTS, Writer, score
 
-LENGTHS = (7424, 2048, 6144, 4096, 1024)
+LENGTHS = (1024, 2048, 4096, 6144, 7424)
 RULER_LENGTHS = (4096, 7424)
 TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472
