@@ -49,7 +49,6 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
     for name, row in rows.items():
         print(" | ".join([name, *(_shown(row[column]) for column in COLUMNS)]))
     needles = {name: _needles(by_settings[name]) for name in rows}
-    heat_map(needles, HEAT_MAP)
     write_record(
         "quality",
         settings=settings,
@@ -60,6 +59,7 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
             "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in rows},
         },
     )
+    heat_map(needles, HEAT_MAP)  # last: the record says whether the tree was clean before
 
 
 def heat_map(needles: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
