@@ -94,7 +94,7 @@ def test_the_demo_writes_a_record_that_stands(tmp_path: Path) -> None:
         (("generate", "--prompt", "x", "--model", "nope"), "unknown model 'nope'"),
         (("generate", "--prompt", "x", "--temperature", "-1"), "temperature=-1.0"),
         (("generate", "--prompt", "x", "--set", "color=blue"), "color: there is no such setting"),
-        (("generate", "--prompt", "x", "--transport", "pigeon"), "expected one of faulty, inproc, shm"),
+        (("generate", "--prompt", "x", "--transport", "pigeon"), "expected one of faulty, inproc, nixl, shm"),
         (("models", "pull", "gpt-9"), "gpt-9"),
     ],
 )
