@@ -68,9 +68,7 @@ def hello(worker_id: str, role: Role, num_blocks: int = 64) -> Hello:
     """What a worker of the tests of the router says when it is ready."""
     layout = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
     worker = WorkerId(worker_id)
-    descriptor = Descriptor(
-        transport="inproc", worker_id=worker, epoch=1, layout=layout, num_blocks=num_blocks, address={}
-    )
+    descriptor = Descriptor(worker_id=worker, epoch=1, layout=layout, num_blocks=num_blocks, address={})
     return Hello(
         worker_id=worker,
         pid=1,

@@ -36,7 +36,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 class Descriptor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How peers reach one worker's KV pages: the transport's own address beside the common layout."""
 
-    transport: str
     worker_id: WorkerId
     epoch: int
     layout: KVLayout

@@ -422,6 +422,23 @@ def test_notifications_arrive_whole_and_in_order(pair: tuple[Side, Side]) -> Non
     assert prefill.transport.poll() == []
 
 
+def test_what_is_no_notification_is_counted_and_left(opener: Opener) -> None:
+    prefill, decode = connected(opener, "shm")
+    stranger: Any = prefill.transport
+    for message in (b"junk", msgspec.msgpack.encode({"type": "Shutdown"})):
+        stranger._outboxes[DECODE].send(message)
+    prefill.transport.notify(DECODE, Filling(ticket_id=TICKET))
+    assert decode.outcomes(1) == [Notice(Filling(ticket_id=TICKET))]
+    assert decode.transport.telemetry()["rejected_notifications"] == 2
+
+
+@pytest.mark.parametrize("spec", ["shm", pytest.param("nixl", marks=without_nixl)])
+def test_a_descriptor_without_its_address_is_refused(opener: Opener, spec: str) -> None:
+    prefill, decode = opener(spec, "prefill-0"), opener(spec, "decode-0")
+    with pytest.raises(TransportError, match="descriptor of decode-0"):
+        prefill.transport.connect(msgspec.structs.replace(decode.descriptor, address={}))
+
+
 @pytest.mark.parametrize("news", ["write", "notification"])
 def test_pollables_wake_a_poller_and_rest_afterwards(pair: tuple[Side, Side], news: str) -> None:
     prefill, decode = pair

@@ -24,7 +24,6 @@ from kvrelay.types import (
 DIRECTIONS = ("router_to_worker", "worker_to_router", "notification")
 LAYOUT = KVLayout(model="m", dtype="bfloat16", num_layers=2, num_kv_heads=1, head_dim=8)
 DESCRIPTOR = wire.Descriptor(
-    transport="shm",
     worker_id=WorkerId("decode-0"),
     epoch=3,
     layout=LAYOUT,

@@ -210,7 +210,6 @@ def hello_of(model: WorkerModel) -> Hello:
     worker_id = WorkerId(model.worker_id)
     layout = KVLayout(model="simulated", dtype="bfloat16", num_layers=1, num_kv_heads=1, head_dim=64)
     descriptor = Descriptor(
-        transport="simulated",
         worker_id=worker_id,
         epoch=1,
         layout=layout,

@@ -5,46 +5,16 @@ notify), so that NIXL is one adapter among others. Source: NIXL, `docs/nixl.md`,
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvrelay.cache.memory import KVMemory
 from kvrelay.cache.store import KVStore
-from kvrelay.errors import LayoutMismatch
 from kvrelay.types import TicketId, WorkerId
-from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Arrived, Descriptor, Filled, Filling
 
 Notification = Filling | Arrived | Filled
-
-
-@dataclass(slots=True)
-class Endpoint:
-    """One thread's end of an in-process engine: the memory it lands KV in, and what it was told."""
-
-    memory: KVMemory
-    wakeup: Wakeup
-    inbox: deque[Notification] = field(default_factory=deque)
-
-
-class InprocHub:
-    """Where the threads of one engine find each other; one per engine."""
-
-    def __init__(self) -> None:
-        self.endpoints: dict[WorkerId, Endpoint] = {}
-        self.lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Who opens the transport, and where its files may lie. `hub` joins threads of one process."""
-
-    worker_id: WorkerId
-    epoch: int
-    run_directory: str
-    hub: InprocHub | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +65,30 @@ class Notice:
 TransportEvent = WriteDone | WriteFailed | Notice
 
 
-@dataclass(slots=True)
-class Telemetry:
-    """Counts since the start; bytes and nanoseconds as integers so that they add exactly."""
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One thread's end of an in-process engine: the memory it lands KV in, and how it is told something."""
 
-    counters: dict[str, int] = field(default_factory=dict)
+    memory: KVMemory
+    report: Callable[[Notice], None]
 
-    def add(self, name: str, amount: int = 1) -> None:
-        """Count `amount` more of `name`."""
-        self.counters[name] = self.counters.get(name, 0) + amount
+
+class InprocHub:
+    """Where the threads of one engine find each other; one per engine."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[WorkerId, Endpoint] = {}
+        self.lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Who opens the transport, and where its files may lie. `hub` joins threads of one process."""
+
+    worker_id: WorkerId
+    epoch: int
+    run_directory: str
+    hub: InprocHub | None = None
 
 
 class Transport(Protocol):
@@ -141,10 +126,3 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Stop writing, unmap peers, leave nothing behind. Safe to call twice."""
-
-
-def check_layout(mine: Descriptor, peer: Descriptor) -> None:
-    """Refuse a pairing whose pages differ, naming the fields. Raises `LayoutMismatch`."""
-    if mine.layout.fingerprint() != peer.layout.fingerprint():
-        difference = mine.layout.difference(peer.layout)
-        raise LayoutMismatch(f"{mine.worker_id} and {peer.worker_id} hold different KV: {difference}")

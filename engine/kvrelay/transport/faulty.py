@@ -27,7 +27,7 @@ from kvrelay.transport.base import (
     WriteDone,
     WriteFailed,
 )
-from kvrelay.transport.writer import num_bytes
+from kvrelay.transport.copying import num_bytes
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
 from kvrelay.wire import Descriptor

@@ -7,17 +7,9 @@ from typing import Any
 
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import TransportError
-from kvrelay.transport.base import (
-    Endpoint,
-    Notice,
-    Notification,
-    Site,
-    TransportEvent,
-    Write,
-    check_layout,
-)
+from kvrelay.transport.base import Endpoint, Notice, Notification, Site
 from kvrelay.transport.writer import PageWriter
-from kvrelay.types import TicketId, WorkerId
+from kvrelay.types import WorkerId
 from kvrelay.wire import Descriptor
 
 
@@ -28,59 +20,28 @@ class InprocTransport:
         if site.hub is None:
             raise TransportError("inproc joins threads of one process; this worker is a process of its own")
         self._site, self._hub = site, site.hub
-        self.writer = PageWriter(site.worker_id, options)
-        self._mine: Descriptor | None = None
+        self.writer = writer = PageWriter(site, options)
+        self.write, self.withdraw, self.cancel = writer.write, writer.withdraw, writer.cancel
+        self.poll, self.telemetry = writer.poll, writer.telemetry
 
     def allocate(self, num_bytes: int) -> memoryview:
         return memoryview(bytearray(num_bytes))
 
     def register(self, store: KVStore) -> Descriptor:
-        self.writer.source = store.memory
         with self._hub.lock:
-            self._hub.endpoints[self._site.worker_id] = Endpoint(store.landed, self.writer.wakeup)
-        self._mine = Descriptor(
-            transport="inproc",
-            worker_id=self._site.worker_id,
-            epoch=self._site.epoch,
-            layout=store.layout,
-            num_blocks=store.num_blocks,
-            keeps_stats=store.keeps_stats,
-            address={},
-        )
-        return self._mine
+            self._hub.endpoints[self._site.worker_id] = Endpoint(store.landed, self.writer.report)
+        return self.writer.register(store, {})
 
     def connect(self, peer: Descriptor) -> None:
-        assert self._mine is not None, "register comes before connect"
-        check_layout(self._mine, peer)
+        self.writer.check_layout(peer)
         self.writer.peers[peer.worker_id] = self._endpoint(peer.worker_id).memory
 
-    def write(self, write: Write) -> None:
-        self.writer.submit(write)
-
-    def withdraw(self, write: Write) -> bool:
-        return self.writer.withdraw(write)
-
-    def cancel(self, ticket_id: TicketId) -> None:
-        self.writer.cancel(ticket_id)
-
     def notify(self, peer: WorkerId, message: Notification) -> None:
-        endpoint = self._endpoint(peer)
-        endpoint.inbox.append(message)
-        endpoint.wakeup.set()
-        self.writer.telemetry.add("notifications")
-
-    def poll(self) -> list[TransportEvent]:
-        events = self.writer.drain()
-        inbox = self._endpoint(self._site.worker_id).inbox
-        while inbox:
-            events.append(Notice(inbox.popleft()))
-        return events
+        self._endpoint(peer).report(Notice(message))
+        self.writer.counters["notifications"] += 1
 
     def pollables(self) -> list[Any]:
         return [self.writer.wakeup.fileno()]
-
-    def telemetry(self) -> dict[str, int]:
-        return dict(self.writer.telemetry.counters)
 
     def close(self) -> None:
         with self._hub.lock:

@@ -10,7 +10,6 @@ import mmap
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -20,17 +19,11 @@ import torch
 from kvrelay import wire
 from kvrelay.cache.memory import NUM_VECTORS, KVMemory
 from kvrelay.cache.store import KVStore
-from kvrelay.errors import InvalidConfig, ProtocolError, TransportError
-from kvrelay.transport.base import (
-    Notice,
-    Notification,
-    Site,
-    TransportEvent,
-    Write,
-    check_layout,
-)
-from kvrelay.transport.writer import PageWriter, check_inside, runs
-from kvrelay.types import BLOCK_SIZE, KVLayout, TicketId, WorkerId
+from kvrelay.errors import InvalidConfig, TransportError
+from kvrelay.transport.base import Notification, Site, Write
+from kvrelay.transport.copying import check_inside, runs
+from kvrelay.transport.writer import PageWriter
+from kvrelay.types import BLOCK_SIZE, KVLayout, WorkerId
 from kvrelay.wire import Descriptor
 
 LOOK_EVERY_S = 0.001
@@ -92,12 +85,11 @@ class NixlTransport:
             backends=[BACKEND],
             sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
         )
-        self._site = site
-        self._mine: Descriptor | None = None
         self._agent = api.nixl_agent(f"{site.worker_id}/{site.epoch}/{os.getpid()}/{id(self)}", config)
         self._registered: list[Any] = []
-        self._inbox: deque[Notification] = deque()
-        self.writer = PageWriter(site.worker_id, options, self._transfer)
+        self.writer = writer = PageWriter(site, options, self._transfer)
+        self.write, self.withdraw, self.cancel = writer.write, writer.withdraw, writer.cancel
+        self.poll, self.telemetry = writer.poll, writer.telemetry
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name=f"{site.worker_id}-nixl", daemon=True)
         self._thread.start()
@@ -109,25 +101,14 @@ class NixlTransport:
         for memory in {id(memory): memory for memory in (store.landed, store.memory)}.values():
             for tensor in filter(torch.numel, memory.tensors):
                 self._registered.append(self._agent.register_memory(tensor.flatten(0, -2)))
-        self.writer.source = store.memory
         address: dict[str, str | int] = {
             "metadata": base64.b64encode(self._agent.get_agent_metadata()).decode(),
         }
         address |= zip(PIECES, (tensor.data_ptr() for tensor in store.landed.tensors), strict=True)
-        self._mine = Descriptor(
-            transport="nixl",
-            worker_id=self._site.worker_id,
-            epoch=self._site.epoch,
-            layout=store.layout,
-            num_blocks=store.num_blocks,
-            keeps_stats=store.keeps_stats,
-            address=address,
-        )
-        return self._mine
+        return self.writer.register(store, address)
 
     def connect(self, peer: Descriptor) -> None:
-        assert self._mine is not None, "register comes before connect"
-        check_layout(self._mine, peer)
+        self.writer.check_layout(peer)
         try:
             metadata = base64.b64decode(str(peer.address["metadata"]), validate=True)
             agent = self._agent.add_remote_agent(metadata)
@@ -146,15 +127,6 @@ class NixlTransport:
         )
         self.writer.peers[peer.worker_id] = Peer(agent, places)
 
-    def write(self, write: Write) -> None:
-        self.writer.submit(write)
-
-    def withdraw(self, write: Write) -> bool:
-        return self.writer.withdraw(write)
-
-    def cancel(self, ticket_id: TicketId) -> None:
-        self.writer.cancel(ticket_id)
-
     def notify(self, peer: WorkerId, message: Notification) -> None:
         known = self.writer.peers.get(peer)
         if known is None:
@@ -163,19 +135,10 @@ class NixlTransport:
             self._agent.send_notif(known.agent, wire.encode(message))
         except self._errors as error:
             raise TransportError(f"{peer} does not read its notifications: {error!r}") from error
-        self.writer.telemetry.add("notifications")
-
-    def poll(self) -> list[TransportEvent]:
-        events = self.writer.drain()
-        while self._inbox:
-            events.append(Notice(self._inbox.popleft()))
-        return events
+        self.writer.counters["notifications"] += 1
 
     def pollables(self) -> list[Any]:
         return [self.writer.wakeup.fileno()]
-
-    def telemetry(self) -> dict[str, int]:
-        return dict(self.writer.telemetry.counters)
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -195,11 +158,7 @@ class NixlTransport:
         while not self._closed.wait(LOOK_EVERY_S):
             for messages in self._agent.get_new_notifs().values():
                 for message in messages:
-                    try:
-                        self._inbox.append(wire.decode(message, "notification"))
-                    except ProtocolError:
-                        self.writer.telemetry.add("rejected_notifications")
-                self.writer.wakeup.set()
+                    self.writer.hear(message)
 
     def _transfer(self, source: KVMemory, peer: Peer, write: Write) -> int:
         """Copy the write's blocks, or parts of them, into the peer's memory, and wait; the bytes."""

@@ -15,17 +15,10 @@ import zmq
 from kvrelay import wire
 from kvrelay.cache.memory import KVMemory, memory_bytes
 from kvrelay.cache.store import KVStore, pin
-from kvrelay.errors import ProtocolError, TransportError
-from kvrelay.transport.base import (
-    Notice,
-    Notification,
-    Site,
-    TransportEvent,
-    Write,
-    check_layout,
-)
+from kvrelay.errors import TransportError
+from kvrelay.transport.base import Notification, Site, TransportEvent
 from kvrelay.transport.writer import PageWriter
-from kvrelay.types import TicketId, WorkerId
+from kvrelay.types import WorkerId
 from kvrelay.wire import Descriptor
 
 
@@ -35,10 +28,10 @@ class ShmTransport:
     def __init__(self, site: Site, options: dict[str, str]) -> None:
         if not sys.platform.startswith("linux"):
             raise TransportError(f"shm needs Linux (memfd and /proc); this is {sys.platform}")
-        self._site = site
         self._file = -1
-        self._mine: Descriptor | None = None
-        self.writer = PageWriter(site.worker_id, options)
+        self.writer = writer = PageWriter(site, options)
+        self.write, self.withdraw, self.cancel = writer.write, writer.withdraw, writer.cancel
+        self.telemetry = writer.telemetry
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
@@ -55,27 +48,16 @@ class ShmTransport:
             raise TransportError(f"cannot map {num_bytes} bytes for KV pages: {error}") from error
 
     def register(self, store: KVStore) -> Descriptor:
-        self.writer.source = store.memory
         address: dict[str, str | int] = {
             "pid": os.getpid(),
             "file": self._file,
             "inode": os.fstat(self._file).st_ino,
             "endpoint": self._endpoint,
         }
-        self._mine = Descriptor(
-            transport="shm",
-            worker_id=self._site.worker_id,
-            epoch=self._site.epoch,
-            layout=store.layout,
-            num_blocks=store.num_blocks,
-            keeps_stats=store.keeps_stats,
-            address=address,
-        )
-        return self._mine
+        return self.writer.register(store, address)
 
     def connect(self, peer: Descriptor) -> None:
-        assert self._mine is not None, "register comes before connect"
-        check_layout(self._mine, peer)
+        self.writer.check_layout(peer)
         missing = {"pid", "file", "inode", "endpoint"} - peer.address.keys()
         if missing:
             raise TransportError(f"the descriptor of {peer.worker_id} lacks {', '.join(sorted(missing))}")
@@ -97,15 +79,6 @@ class ShmTransport:
         self.writer.peers[peer.worker_id] = memory
         self._outboxes[peer.worker_id] = outbox
 
-    def write(self, write: Write) -> None:
-        self.writer.submit(write)
-
-    def withdraw(self, write: Write) -> bool:
-        return self.writer.withdraw(write)
-
-    def cancel(self, ticket_id: TicketId) -> None:
-        self.writer.cancel(ticket_id)
-
     def notify(self, peer: WorkerId, message: Notification) -> None:
         outbox = self._outboxes.get(peer)
         if outbox is None:
@@ -114,22 +87,15 @@ class ShmTransport:
             outbox.send(wire.encode(message), zmq.DONTWAIT)
         except zmq.Again:
             raise TransportError(f"{peer} does not read its notifications") from None
-        self.writer.telemetry.add("notifications")
+        self.writer.counters["notifications"] += 1
 
     def poll(self) -> list[TransportEvent]:
-        events = self.writer.drain()
         while self._inbox.poll(0):
-            try:
-                events.append(Notice(wire.decode(self._inbox.recv(), "notification")))
-            except ProtocolError:
-                self.writer.telemetry.add("rejected_notifications")
-        return events
+            self.writer.hear(self._inbox.recv())
+        return self.writer.poll()
 
     def pollables(self) -> list[Any]:
         return [self.writer.wakeup.fileno(), self._inbox]
-
-    def telemetry(self) -> dict[str, int]:
-        return dict(self.writer.telemetry.counters)
 
     def close(self) -> None:
         if self._context.closed:

@@ -1,23 +1,23 @@
-"""One thread that copies pages into mapped peer memory, in order, and can be told to forget a ticket.
+"""What transports share: one thread that copies pages in order, forgets a ticket when told, and its events.
 
-Shared by every transport whose peers are reachable by plain loads and stores. It can be held to the pace of a
-slower link: then a write's bytes arrive as late as they would there.
+It can be held to the pace of a slower link: then a write's bytes arrive as late as they would there.
 """
 
-import ctypes
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from kvrelay.cache.memory import NUM_VECTORS, KVMemory
-from kvrelay.errors import InvalidConfig, TransportError
-from kvrelay.transport.base import Telemetry, TransportEvent, Write, WriteDone, WriteFailed
+from kvrelay import wire
+from kvrelay.cache.memory import KVMemory
+from kvrelay.cache.store import KVStore
+from kvrelay.errors import InvalidConfig, LayoutMismatch, ProtocolError, TransportError
+from kvrelay.transport.base import Notice, Site, TransportEvent, Write, WriteDone, WriteFailed
+from kvrelay.transport.copying import copy_layer, num_bytes
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
+from kvrelay.wire import Descriptor
 
 INLINE_BYTES = 128 << 10  # so much is copied in less time than waking a thread takes
 MAX_GBIT_PER_S = 1e6
@@ -37,29 +37,52 @@ class PageWriter:
     """
 
     def __init__(
-        self, name: str, options: dict[str, str], copy: Callable[[KVMemory, Any, Write], int] | None = None
+        self, site: Site, options: dict[str, str], copy: Callable[[KVMemory, Any, Write], int] | None = None
     ) -> None:
-        self._bytes_per_s = _pace(options)
+        self._site, self._bytes_per_s = site, _pace(options)
         self.peers: dict[WorkerId, Any] = {}
         self._copy_write = copy or copy_layer
         self.source: KVMemory | None = None
         self.wakeup = Wakeup()
-        self.telemetry = Telemetry()
+        self.counters: Counter[str] = Counter()
         self._urgent: deque[Write] = deque()
         self._queue: deque[Write] = deque()
         self._events: deque[TransportEvent] = deque()
         self._changed = threading.Condition()
         self._on_link: Write | None = None
         self._active: TicketId | None = None
+        self._mine: Descriptor | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"{name}-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{site.worker_id}-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, write: Write) -> None:
+    def register(self, store: KVStore, address: dict[str, str | int]) -> Descriptor:
+        """Copy from this store from now on; the descriptor for peers, `address` in the transport's words."""
+        self.source = store.memory
+        self._mine = Descriptor(
+            worker_id=self._site.worker_id,
+            epoch=self._site.epoch,
+            layout=store.layout,
+            num_blocks=store.num_blocks,
+            keeps_stats=store.keeps_stats,
+            address=address,
+        )
+        return self._mine
+
+    def check_layout(self, peer: Descriptor) -> None:
+        """Refuse a peer whose pages differ, naming the fields. Raises `LayoutMismatch`."""
+        mine = self._mine
+        assert mine is not None, "register comes before connect"
+        if mine.layout.fingerprint() != peer.layout.fingerprint():
+            difference = mine.layout.difference(peer.layout)
+            raise LayoutMismatch(f"{mine.worker_id} and {peer.worker_id} hold different KV: {difference}")
+
+    def write(self, write: Write) -> None:
         """Queue one write. Raises `TransportError` when the peer is not connected."""
         if write.peer not in self.peers:
             raise TransportError(f"not connected to {write.peer}; connected: {sorted(self.peers)}")
-        if len({len(each) for each in (write.source_blocks, write.target_blocks, *_listed(write))}) > 1:
+        parts = write.source_blocks if write.parts is None else write.parts
+        if not len(write.source_blocks) == len(write.target_blocks) == len(parts):
             lengths = f"{len(write.source_blocks)} blocks into {len(write.target_blocks)}"
             raise TransportError(f"{lengths}, parts {write.parts}")
         with self._changed:
@@ -67,10 +90,7 @@ class PageWriter:
                 (self._urgent if write.is_urgent else self._queue).append(write)
                 self._changed.notify_all()
                 return
-        event = self._copy(write, time.monotonic())  # only the poster fills and cancels: alone
-        with self._changed:
-            self._events.append(event)
-        self.wakeup.set()
+        self.report(self._copy(write, time.monotonic()))  # only the poster fills and cancels: alone
 
     def _is_small(self, write: Write) -> bool:
         if self._copy_write is not copy_layer or self._bytes_per_s is not None:
@@ -100,13 +120,30 @@ class PageWriter:
             self._changed.wait_for(lambda: self._active != ticket_id)
             self._events = deque(event for event in self._events if _ticket(event) != ticket_id)
 
-    def drain(self) -> list[TransportEvent]:
-        """Outcomes since the last call."""
+    def hear(self, message: bytes) -> None:
+        """Report a peer's notification; one that is none is counted and left."""
+        try:
+            self.report(Notice(wire.decode(message, "notification")))
+        except ProtocolError:
+            self.counters["rejected_notifications"] += 1
+
+    def report(self, event: TransportEvent) -> None:
+        """Have the next `poll` return the event; from any thread."""
+        with self._changed:
+            self._events.append(event)
+        self.wakeup.set()
+
+    def poll(self) -> list[TransportEvent]:
+        """Events since the last call."""
         self.wakeup.clear()
         with self._changed:
             events = list(self._events)
             self._events.clear()
         return events
+
+    def telemetry(self) -> dict[str, int]:
+        """Counters since the start; bytes and nanoseconds are integers, so that they add exactly."""
+        return dict(self.counters)
 
     def close(self) -> None:
         """Finish the write in progress, drop the rest, join the thread. Safe to call twice."""
@@ -167,9 +204,9 @@ class PageWriter:
         except Exception as error:  # noqa: BLE001  whatever it is, the write ends, and the thread goes on
             return WriteFailed(write, f"{type(error).__name__}: {error}")
         end_s = time.monotonic()
-        self.telemetry.add("writes")
-        self.telemetry.add("bytes_written", moved)
-        self.telemetry.add("write_ns", int((end_s - start_s) * 1e9))
+        self.counters["writes"] += 1
+        self.counters["bytes_written"] += moved
+        self.counters["write_ns"] += int((end_s - start_s) * 1e9)
         return WriteDone(write, moved, start_s, end_s, time.thread_time() - cpu_s)
 
 
@@ -192,67 +229,3 @@ def _pace(options: dict[str, str]) -> float | None:
 
 def _ticket(event: TransportEvent) -> TicketId | None:
     return event.write.ticket_id if isinstance(event, WriteDone | WriteFailed) else None
-
-
-def num_bytes(source: KVMemory, write: Write) -> int:
-    """Bytes that the write copies."""
-    if write.parts is None or not write.parts:
-        return len(write.source_blocks) * 2 * source.pages[0, 0, 0].nbytes
-    heads, head_dim = source.pages.shape[3], source.pages.shape[5]
-    if write.parts[0] < 2 * heads:
-        return len(write.parts) * source.pages[0, 0, 0, 0].nbytes
-    return len(write.parts) * heads * (NUM_VECTORS * head_dim + 1) * source.pages.itemsize
-
-
-def copy_layer(source: KVMemory, target: KVMemory, write: Write) -> int:
-    """Copy the write's blocks between two memories; the number of bytes.
-
-    Raises `IndexError`, before anything is copied, when a layer, part or block lies outside either.
-    """
-    pages, landing = source.pages, target.pages
-    check_inside("layer", [write.layer], min(pages.shape[0], landing.shape[0]))
-    check_inside("source block", write.source_blocks, pages.shape[2])
-    check_inside("target block", write.target_blocks, landing.shape[2])
-    if write.parts:
-        has_stats = min(len(source.vectors), len(target.vectors)) > 0
-        check_inside("part", write.parts, 2 * pages.shape[3] + has_stats)
-        blocks = list(zip(write.source_blocks, write.target_blocks, strict=True))
-        return target.copy(source, write.layer, write.parts, blocks)
-    for half in range(2):  # K, then V
-        stretches = runs(write.source_blocks, write.target_blocks)
-        if pages.is_cuda:
-            for first, place, count in stretches:
-                landing[write.layer, half, place : place + count].copy_(
-                    pages[write.layer, half, first : first + count]
-                )
-        else:
-            _copy_in_memory(pages[write.layer, half], landing[write.layer, half], stretches)
-    return num_bytes(source, write)
-
-
-def _copy_in_memory(
-    pages: torch.Tensor, landing: torch.Tensor, stretches: Iterator[tuple[int, int, int]]
-) -> None:
-    """One `memmove` per stretch, the GIL released: a tensor copy of one page costs five times its bytes."""
-    size, pages_at, landing_at = pages[0].nbytes, pages.data_ptr(), landing.data_ptr()
-    for first_page, first_place, count in stretches:
-        ctypes.memmove(landing_at + first_place * size, pages_at + first_page * size, count * size)
-
-
-def _listed(write: Write) -> list[Sequence[int]]:
-    return [] if write.parts is None else [write.parts]
-
-
-def check_inside(what: str, indices: Sequence[int], size: int) -> None:
-    """Raise `IndexError` for an index outside 0 to size - 1."""
-    if indices and not 0 <= min(indices) <= max(indices) < size:
-        raise IndexError(f"{what} {min(indices)} to {max(indices)} lies outside 0 to {size - 1}")
-
-
-def runs(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Longest stretches where both lists count up by one: (first source, first target, length)."""
-    start = 0
-    for i in range(1, len(source) + 1):
-        if i == len(source) or source[i] != source[i - 1] + 1 or target[i] != target[i - 1] + 1:
-            yield source[start], target[start], i - start
-            start = i
