@@ -15,6 +15,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "device": (str, "auto, cpu, cuda or cuda:N."),
     "dtype": (str, "auto, float32, bfloat16 or float16."),
     "attention": (str, "dense, sparse or auto."),
+    "kv_handoff": (str, "full, or sparse: decode starts before all of a sparse request's KV has come."),
     "rope_scaling": (str, "yarn:4 runs four times the trained length."),
     "power_model": (str, "Watts to assume where no meter is: idle_w=5,busy_w=20, or by role or device."),
 }

@@ -110,6 +110,9 @@ def test_what_does_not_finish_in_time_is_ended(tiny_directory: Path, no_leftover
         (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file"),
         (["--policy", "nobodys"], "UnknownName: policy='nobodys'"),
         (["--max-model-len", "5000"], "max_model_len=5000: the model has 1024 positions"),
+        (["--attention", "best"], "UnknownName: attention='best'"),
+        (["--kv-handoff", "sparse"], "kv_handoff='sparse': with attention='dense' every token reads all KV"),
+        (["--rope-scaling", "yarn"], "rope_scaling='yarn'"),
     ],
 )
 def test_a_start_that_fails_says_why(tiny_directory: Path, options: list[str], reason: str) -> None:

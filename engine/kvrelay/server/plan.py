@@ -20,7 +20,7 @@ MAX_LOGPROB_ENTRIES = 2**22  # of one HTTP request: tokens x log-probabilities o
 _SAME_NAME = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "priority"),
-    "cache_salt",
+    *("cache_salt", "attention"),
 )
 Prompt = str | list[int]
 

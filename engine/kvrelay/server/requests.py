@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from kvrelay.errors import InvalidRequest
+from kvrelay.sparse import SparseAttention
 from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS, Role
 
 MAX_CHOICES = 128  # `n`
@@ -54,6 +55,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=MAX_INTEGER)] | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARACTERS)] | None = None
+    attention: str | SparseAttention | None = None
     kvrelay: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: Any = None

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 from kvrelay.energy import RequestEnergy
 from kvrelay.metrics import Timings, WorkerReport
 from kvrelay.sparse import AttentionUse
-from kvrelay.types import Role
+from kvrelay.types import HandOff, Role
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -37,11 +37,13 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One request's ledger (seconds), joules (None where nobody measured), and what sparse attention read."""
+    """One request's ledger (seconds), joules (None where nobody measured), what sparse attention read, and
+    how its KV came to decode."""
 
     timings: Timings
     energy: RequestEnergy
     attention: dict[str, AttentionUse]
+    hand_off: HandOff
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,11 +68,13 @@ class Writer(Protocol):
 
 
 def measured(plan: Plan, outputs: Sequence[RequestOutput | None]) -> Measured | list[Measured] | UnsetType:
-    """Ledger and joules, if they were asked for: those of the only output, or a list of each one's."""
+    """What was measured, if it was asked for: of the only output, or a list of each one's."""
     ended = [output for output in outputs if output is not None]
     if not plan.with_measured or not ended:
         return UNSET
-    each = [Measured(timings=o.timings, energy=o.energy, attention=o.attention) for o in ended]
+    each = [
+        Measured(timings=o.timings, energy=o.energy, attention=o.attention, hand_off=o.hand_off) for o in ended
+    ]
     return each[0] if len(each) == 1 else each
 
 
