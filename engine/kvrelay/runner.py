@@ -21,7 +21,6 @@ from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
 from kvrelay.types import RequestSpec, TokenLogprobs
 
 SCORED_ROWS = 64
-FORESEEING_ROWS = 4  # of a prompt's last: what they read covers 97 % of what the first generated token does
 
 
 class Runner:
@@ -55,24 +54,26 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
         """Compute the chunks' K and V into their pages; `after_layer(i)` follows each layer.
 
-        `watched` then has, of each chunk that `foresees`, the tiles that a generated token would likely read.
+        `watched` then has, of each chunk that `foresees`, the tiles that decode's first step will read: that
+        token's row is computed along, for these alone.
         Returns the hidden states of the chunks' tokens, one chunk after the other, [T, hidden]; none where no
         request wants its prompt scored, as what follows the last layer's attention is then not computed.
         """
-        spans = []
-        for chunk in chunks:
-            request = chunk.job.request
-            prompt_end = request.num_prompt_tokens - 1  # from here on decode computed, the first time
-            sparse = self.sparse_of(request)
-            watched = min(FORESEEING_ROWS, chunk.length) if chunk.foresees else 0
-            spans.append(Span(chunk.start, chunk.length, chunk.job.block_ids, sparse, prompt_end, watched))
-        tokens = [
-            token
-            for chunk in chunks
-            for token in chunk.job.request.token_ids[chunk.start : chunk.start + chunk.length]
-        ]
+        ahead = [index for index, chunk in enumerate(chunks) if chunk.has_room_ahead]
+        parts = [(chunk.job, chunk.start, chunk.length, chunk.foresees) for chunk in chunks]
+        parts += [(chunks[index].job, chunks[index].job.num_tokens, 1, True) for index in ahead]
+        spans, tokens = list[Span](), list[int]()
+        for job, start, length, is_watched in parts:
+            prompt_end = job.request.num_prompt_tokens - 1  # from here on decode computed, the first time
+            sparse = self.sparse_of(job.request)
+            spans.append(Span(start, length, job.block_ids, sparse, prompt_end, is_watched))
+            tokens += job.request.token_ids[start : start + length]
         kv_only = all(chunk.job.request.prompt_logprobs is None for chunk in chunks)
-        return self._forward(tokens, spans, after_layer, kv_only=kv_only)
+        hidden = self._forward(tokens, spans, after_layer, kv_only=kv_only)
+        for index, tiles in zip(ahead, self.watched[len(chunks) :], strict=True):
+            self.watched[index] = tiles
+        del self.watched[len(chunks) :], self.attention[len(chunks) :]
+        return hidden
 
     def score(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[int, list[TokenLogprobs]]]:
         """Log-probabilities of the prompt tokens that follow those of `hidden [chunk.length, hidden]`.
@@ -158,7 +159,7 @@ class Runner:
                 length=1,
                 block_ids=sequence.block_ids,
                 sparse=self.sparse_of(sequence.request),
-                watched_rows=int(sequence.arrivals is not None),
+                is_watched=sequence.arrivals is not None,
                 arrivals=sequence.arrivals,
             )
             for sequence in batch

@@ -155,7 +155,8 @@ def test_every_tile_leaves_once_whatever_is_wanted_when(
             turn()
         job.num_computed = min(num_tokens, 64 * pages.stop) if pages.stop < count else num_tokens
         if job.outstanding:
-            relay.send_first(job, SPARSE, pages)
+            relay.send_statistics(job, SPARSE, pages)
+            relay.hurry_forced(job, SPARSE, pages)
         turn()
     told.append(relay.tell(job))
     while (event := link.finish()) is not None:
@@ -193,7 +194,8 @@ def test_decode_may_start_with_what_it_surely_reads_and_what_was_foreseen() -> N
         relay.send(job, layer, range(11))
     job.num_computed, job.foreseen = 660, {1: {4 * PARTS + 1, 4 * PARTS + 3}, 2: {7 * PARTS}}
     assert relay.tell(job) is None
-    relay.send_first(job, SPARSE, range(11))
+    relay.send_statistics(job, SPARSE, range(11))
+    relay.hurry_forced(job, SPARSE, range(11))
     relay.hurry(job, job.foreseen)
     message = None
     while message is None:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvrelay import LLM, RequestsFailed, SamplingParams, SparseAttention
@@ -81,6 +82,19 @@ def test_a_fetched_token_waits_for_what_it_reads(tiny_directory: Path, expected:
         + timings.first_decode_s
     )
     assert parts == pytest.approx(timings.ttft_s, rel=0.01)
+
+
+@pytest.mark.parametrize("length", [840, 833, 830])
+def test_the_first_token_finds_all_that_it_reads(tiny_directory: Path, length: int) -> None:
+    """What it reads was foreseen, but where its prompt (833: 832 computed tokens) leaves its page no room.
+
+    The prefill worker has the prompt in its cache the second time, so that all of the transfer comes after.
+    """
+    sparse = msgspec.structs.replace(SPARSE, dense_layers=())
+    settings = {"decode_workers": 2, "policy": "round_robin", "attention": sparse}
+    with sparse_llm(tiny_directory, **settings) as llm:
+        hand_offs = [llm.generate(prompts(length), greedy(1))[0].hand_off for _ in range(2)]
+    assert (hand_offs[1].num_stalls > 0) == (length == 833)
 
 
 FAULTS = {

@@ -18,7 +18,7 @@ from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
-from kvrelay.scheduler.prefill import Chunk
+from kvrelay.scheduler.prefill import Chunk, PrefillJob
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
 from kvrelay.types import (
@@ -821,6 +821,20 @@ def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(early: Bench) -> No
     assert "decode was silent for 8 s" in failure.message
     assert early.said(WriterGone)
     assert early.pool.num_free == NUM_BLOCKS
+
+
+def test_statistics_of_a_cached_prompt_leave_before_any_layer(
+    early: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link takes the first write at once: were it a whole layer, nothing could overtake it."""
+    request, posted, write = spec("a", 400), list[Write](), early.transport.write
+    job = PrefillJob(request, remote_ticket(request), False, early.pool.allocate(7), starts_early=True)
+    job.num_cached = job.num_computed = 256
+    monkeypatch.setattr(early.transport, "write", lambda each: (posted.append(each), write(each)))
+    early.prefill._begin(job)
+    for layer, first in enumerate(posted[: LAYOUT.num_layers]):
+        assert (first.layer, first.parts) == (layer, [LAYOUT.statistics] * 4)
+    assert len(posted) > 2 * LAYOUT.num_layers
 
 
 def test_the_scheduler_takes_no_blocks_of_a_sequence_whose_kv_has_not_come(early: Bench) -> None:

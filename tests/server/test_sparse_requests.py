@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from test_serve_command import process
 
 from kvrelay import SparseAttention
-from test_serve_command import process
 from tiny_engine import prompts
 from tiny_server import Served, tiny_server
 

@@ -42,14 +42,14 @@ class PagedAttention:
         for rows, call in self._calls:
             out[rows] = call(layer, q[rows], (k_pages, v_pages), stats)
         for watch in self._watches:
-            if watch is not None and watch(layer, q[watch.rows]):
-                out[watch.rows] = out[watch.rows].nan_to_num()  # of no use, but later layers compute with it
+            if watch is not None and watch(layer, q[watch.row]):
+                out[watch.row] = out[watch.row].nan_to_num()  # of no use, but later layers compute with it
         if self._after_layer is not None:
             self._after_layer(layer)
         return out
 
     def watched(self) -> list[Tiles]:
-        """Of each span, by layer, what its watched rows read, or lacked; call it after the last layer."""
+        """Of each span, by layer, what its watched row reads, or lacks; call it after the last layer."""
         return [{} if watch is None else watch.tiles for watch in self._watches]
 
     def uses(self) -> list[AttentionUse]:
@@ -66,7 +66,7 @@ class PagedAttention:
 def _watches(store: KVStore, spans: Sequence[Span]) -> list[Watch | None]:
     starts = accumulate((span.length for span in spans), initial=0)
     return [
-        Watch(store, span, row) if span.sparse is not None and span.watched_rows else None
+        Watch(store, span, row) if span.sparse is not None and span.is_watched else None
         for span, row in zip(spans, starts, strict=False)
     ]
 

@@ -17,8 +17,8 @@ class Span:
     `sparse=None` is dense. Otherwise the rows from position `prompt_end` on attend one by one, as when they
     were generated: a request that starts again after it lost its pages gets the same keys as before.
 
-    Of the last `watched_rows` rows, the tiles that they read, or would if they were generated, are noted;
-    where there are `arrivals`, those that have not come yet.
+    Where it `is_watched`, the tiles that the last row reads, or would if it were generated, are noted; where
+    there are `arrivals`, those that have not come yet.
     """
 
     start: int
@@ -26,7 +26,7 @@ class Span:
     block_ids: Sequence[int]
     sparse: SparseAttention | None = None
     prompt_end: int = 0
-    watched_rows: int = 0
+    is_watched: bool = False
     arrivals: Arrivals | None = None
 
     @property

@@ -16,20 +16,19 @@ RERANKING = ("tree", "two_stage")  # read the keys of candidates that they may t
 
 
 class Watch:
-    """Follows the last rows of one span, of which `row` is the first, through a forward pass."""
+    """Follows the last row of one span, whose first is row `first`, through a forward pass."""
 
-    def __init__(self, store: KVStore, span: Span, row: int) -> None:
+    def __init__(self, store: KVStore, span: Span, first: int) -> None:
         assert span.sparse is not None
         self._store, self._span, self._sparse = store, span, span.sparse
-        ends = list(range(span.end - span.watched_rows + 1, span.end + 1))
-        self.rows = slice(row + span.length - len(ends), row + span.length)
-        table = [span.block_ids[: num_blocks(span.end)]] * len(ends)
+        self.row = slice(first + span.length - 1, first + span.length)
+        table = [span.block_ids[: num_blocks(span.end)]]
         self._table = torch.tensor(table, dtype=torch.int32, device=store.device)
-        self._lengths = torch.tensor(ends, dtype=torch.int32, device=store.device)
+        self._lengths = torch.tensor([span.end], dtype=torch.int32, device=store.device)
         self.tiles: Tiles = {}
 
     def __call__(self, layer: int, q: torch.Tensor) -> bool:
-        """Note what `q [watched_rows, num_q_heads, head_dim]` reads; whether some of it has not come yet."""
+        """Note what `q [1, num_q_heads, head_dim]` reads; whether some of it has not come yet."""
         if layer in self._sparse.dense_layers:
             return False
         tiles = self._read(layer, q)

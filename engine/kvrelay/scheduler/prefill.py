@@ -48,7 +48,7 @@ class PrefillJob:
     completed_s: float = 0.0  # when a write last completed
     unreported_s: float = 0.0  # no outstanding write began before this
     starts_early: bool = False  # decode, before everything has come
-    foreseen: Tiles = field(default_factory=dict)  # what the last queries read
+    foreseen: Tiles = field(default_factory=dict)  # what decode's first step reads
     untold: list[Posted] = field(default_factory=list)  # complete, and decode does not know
     num_untold_bytes: int = 0
     num_last_tiles: int = 0  # of K and V in the last layer, complete
@@ -92,6 +92,11 @@ class Chunk:
     def foresees(self) -> bool:
         """Whether these are the last tokens before decode starts with a part of the KV."""
         return self.job.starts_early and self.start + self.length >= self.job.num_tokens
+
+    @property
+    def has_room_ahead(self) -> bool:
+        """Whether it foresees, and the job's pages have room for the token that decode starts with."""
+        return self.foresees and self.job.num_tokens < len(self.job.block_ids) * BLOCK_SIZE
 
     @property
     def pages(self) -> range:

@@ -73,7 +73,8 @@ def measured(plan: Plan, outputs: Sequence[RequestOutput | None]) -> Measured | 
     if not plan.with_measured or not ended:
         return UNSET
     each = [
-        Measured(timings=o.timings, energy=o.energy, attention=o.attention, hand_off=o.hand_off) for o in ended
+        Measured(timings=o.timings, energy=o.energy, attention=o.attention, hand_off=o.hand_off)
+        for o in ended
     ]
     return each[0] if len(each) == 1 else each
 

@@ -184,24 +184,27 @@ class PrefillSide:
         now_s = time.monotonic()
         self._parts.count_cached(job.num_tokens, job.num_cached)
         self._parts.mark(job.request, "prefill_started", now_s, num_cached_tokens=job.num_cached)
+        cached = range(job.num_cached // BLOCK_SIZE)
+        sparse = self._parts.runner.sparse_of(job.request) if job.starts_early else None
+        if sparse is not None:
+            self._relay.send_statistics(job, sparse, cached)
         for layer in range(self._parts.store.layout.num_layers):
-            self._relay.send(job, layer, range(job.num_cached // BLOCK_SIZE))
-        if job.starts_early:
-            self._send_first(job, range(job.num_cached // BLOCK_SIZE))
+            self._relay.send(job, layer, cached)
+        if sparse is not None:
+            self._relay.hurry_forced(job, sparse, cached)
         if job.is_computed:
             self._end(job, now_s)
 
     def _end(self, job: PrefillJob, at_s: float) -> None:
         self._parts.mark(job.request, "prefill_finished", at_s)
         if job.starts_early and job.outstanding:
-            self._send_first(job, range(job.num_cached // BLOCK_SIZE, num_blocks(job.num_tokens)))
+            sparse = self._parts.runner.sparse_of(job.request)
+            assert sparse is not None, "it starts early because it selects"
+            computed = range(job.num_cached // BLOCK_SIZE, num_blocks(job.num_tokens))
+            self._relay.send_statistics(job, sparse, computed)
+            self._relay.hurry_forced(job, sparse, computed)
             self._relay.hurry(job, job.foreseen)
         self._tell(job)
-
-    def _send_first(self, job: PrefillJob, pages: range) -> None:
-        sparse = self._parts.runner.sparse_of(job.request)
-        assert sparse is not None, "it starts early because it selects"
-        self._relay.send_first(job, sparse, pages)
 
     def _relay_layer(self, chunks: Sequence[Chunk], layer: int) -> None:
         self.renew(time.monotonic())  # one step may outlast a lease

@@ -22,6 +22,7 @@ class Relay:
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts, self._layout = parts, parts.store.layout
+        self._layers = range(parts.store.layout.num_layers)
 
     def send(self, job: PrefillJob, layer: int, pages: range) -> None:
         """Post K and V of those of the pages that decode lacks."""
@@ -29,24 +30,29 @@ class Relay:
         if not job.is_local and pages:
             self._post(job, layer, pages)
 
-    def send_first(self, job: PrefillJob, sparse: SparseAttention, pages: range) -> None:
-        """These pages are computed: let what a decode step surely reads of them overtake the rest.
+    def send_statistics(self, job: PrefillJob, sparse: SparseAttention, pages: range) -> None:
+        """These pages are computed: post their statistics, which every step reads, before anything else.
 
-        That is, in layers that select: statistics, sink and recent blocks; in dense layers all of it; and
-        everywhere the last block, which decode will write to.
+        While they are on the link, tiles that decode surely reads can still overtake the rest.
+        """
+        complete = range(max(pages.start, job.first_page), min(pages.stop, job.num_tokens // BLOCK_SIZE))
+        if not complete:
+            return
+        parts = [self._layout.statistics] * len(complete)
+        for layer in self._layers:
+            self._post(job, layer, complete, parts, is_urgent=layer not in sparse.dense_layers)
+
+    def hurry_forced(self, job: PrefillJob, sparse: SparseAttention, pages: range) -> None:
+        """Let what a decode step surely reads of these pages overtake the rest.
+
+        That is, in layers that select: sink and recent blocks; in dense layers all of them; and everywhere
+        the last block, which decode will write to.
         """
         pages = range(max(pages.start, job.first_page), pages.stop)
-        complete = range(pages.start, min(pages.stop, job.num_tokens // BLOCK_SIZE))
-        if not pages:
-            return
         recent = min(job.num_tokens // BLOCK_SIZE - sparse.local_blocks, num_blocks(job.num_tokens) - 2)
         forced = [page for page in pages if page < sparse.sink_blocks or page > recent]
-        for layer in range(self._layout.num_layers):
-            is_dense = layer in sparse.dense_layers
-            if complete:
-                parts = [self._layout.statistics] * len(complete)
-                self._post(job, layer, complete, parts, is_urgent=not is_dense)
-            self.hurry(job, {layer: self._whole(pages if is_dense else forced)})
+        wanted = {layer: pages if layer in sparse.dense_layers else forced for layer in self._layers}
+        self.hurry(job, {layer: self._whole(found) for layer, found in wanted.items()})
 
     def hurry(self, job: PrefillJob, wanted: Mapping[int, Collection[int]]) -> None:
         """Let tiles that still wait to leave overtake the rest; others are here, or on their way."""
