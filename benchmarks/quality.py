@@ -1,10 +1,11 @@
 """What sparse attention costs in quality, on a real model and without a network: needles, RULER tasks, text.
 
-    python benchmarks/quality.py --budget-s 2400     # as many cells as fit; again: goes on where it stopped
+    python benchmarks/quality.py --budget-s 2400     # as many samples as fit; again: goes on where it stopped
     python benchmarks/quality.py --budget-s 0        # only the table, the record and the heat map
 
-Every cell (part, settings, length, seed) is a file in `--work`. A row says how many it has, and what dense
-scores on those same ones. Where a context fits in a budget, selection takes everything: the cell is dense's.
+A sample (part, settings, lengths, seed) is read once and asked at each of its lengths. Every such cell is
+a file in `--work` that names the commit it was measured at. A row says how many it has, and what dense scores
+on those same ones. Where a context fits in a budget, selection takes everything: the cell is dense's.
 `exact-1024` reads as much as its heads need; on average over a prompt of 6K that is at most 1,024 keys
 (`tokens_per_query`).
 """
@@ -20,14 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvrelay.config import cache_home
+from kvrelay.experiments.record import Gate, make_record
 from kvrelay.models.loading import load_model
 from kvrelay.models.tokenizer import Tokenizer
-from kvrelay.sparse import AttentionUse, SparseAttention
+from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
 from quality_model import Reader
 from quality_report import report
-from quality_tasks import RULER, TEXTS, Writer, score
+from quality_tasks import DEPTHS, NESTED, RULER, TEXTS, Writer, score
 
-LENGTHS = (1024, 2048, 4096, 6144, 7424)
+NEEDLE_LENGTHS = ((1024, 2048), (4096, 6144, 7424))  # of one context each
 RULER_LENGTHS = (4096, 7424)
 TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472
@@ -43,12 +45,16 @@ SETTINGS: dict[str, SparseAttention | None] = {
     "quest-1024": SparseAttention(selector="quest", budget_tokens=1024, dense_below_tokens=0),
     "mean_pool-1024": SparseAttention(selector="mean_pool", budget_tokens=1024, dense_below_tokens=0),
 }
-FIRST_SETTINGS = ("dense", "exact-1024", "tree-1024")
-RULER_SETTINGS = ("dense", "exact-1024", "tree-2048")
+FIRST = ("dense", "exact-1024", "tree-1024", "tree-2048")
+OTHERS = tuple(name for name in SETTINGS if name not in FIRST)
+NUM_PAIRS = len(DEPTHS) // 2  # samples until needles have lain at every depth
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One measurement: scores by label, what was read, and for texts the greedy continuation."""
+    """One measurement: scores by label, what was read, and for texts the greedy continuation.
+
+    `use` and `seconds` are of the sample up to this length; `commit` is what was measured.
+    """
 
     part: str
     settings: str
@@ -58,6 +64,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     continued: list[int] = []
     use: AttentionUse = AttentionUse()
     seconds: float = 0.0
+    commit: str = ""
 
     @property
     def name(self) -> str:
@@ -65,67 +72,95 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.part}.{self.settings}.{self.length}.{self.seed}"
 
 
-def cells(parts: list[str], seeds: int) -> Iterator[Cell]:
-    """Every cell, most wanted first: the first seed of everything before the second of anything."""
-    for seed in range(seeds):
-        if "text" in parts and seed < len(_texts()):
-            yield from _alike("text", (TEXT_TOKENS,), SETTINGS, seed)
-        if "needle" in parts:
-            yield from _alike("needle", LENGTHS, FIRST_SETTINGS, seed)
-        if "ruler" in parts:
-            for length in RULER_LENGTHS:
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample read by one setting: a cell for each length."""
+
+    part: str
+    settings: str
+    lengths: tuple[int, ...]
+    seed: int
+
+    def cells(self) -> list[Cell]:
+        """Its cells, yet without scores."""
+        return [
+            Cell(part=self.part, settings=self.settings, length=length, seed=self.seed)
+            for length in self.lengths
+        ]
+
+
+def jobs(parts: list[str], rounds: int) -> Iterator[Job]:
+    """Every job, most wanted first: a fair sample of every row before more of any."""
+    for index in range(rounds):
+        seeds = range(index * NUM_PAIRS, (index + 1) * NUM_PAIRS)
+        for names in (FIRST, OTHERS):
+            if "needle" in parts:
+                for lengths, seed in product(reversed(NEEDLE_LENGTHS), seeds):
+                    yield from _alike("needle", names, lengths, seed)
+            if "ruler" in parts:
                 for task in RULER:
-                    yield from _alike(task, (length,), RULER_SETTINGS, seed)
-        if "needle" in parts:
-            yield from _alike(
-                "needle", LENGTHS, [name for name in SETTINGS if name not in FIRST_SETTINGS], seed
-            )
+                    for lengths in [RULER_LENGTHS] if task in NESTED else [(n,) for n in RULER_LENGTHS]:
+                        yield from _alike(task, names, lengths, index)
+            if "text" in parts and index < len(_texts()):
+                yield from _alike("text", names, (TEXT_TOKENS,), index)
 
 
-def _alike(part: str, lengths: Iterable[int], settings: Iterable[str], seed: int) -> Iterator[Cell]:
-    for length, name in product(lengths, settings):
-        yield Cell(part=part, settings=name, length=length, seed=seed)
+def _alike(part: str, names: Iterable[str], lengths: tuple[int, ...], seed: int) -> Iterator[Job]:
+    for name in names:
+        yield Job(part=part, settings=name, lengths=lengths, seed=seed)
 
 
 class Bench:
-    """Runs cells on one model and keeps them in `work`."""
+    """Runs jobs on one model and keeps their cells in `work`."""
 
     def __init__(self, directory: Path, work: Path) -> None:
         self._tokenizer = Tokenizer.from_directory(directory)
         self._writer = Writer(self._tokenizer)
         self._reader = Reader(load_model(directory, "cpu", torch.float32), MAX_TOKENS)
-        self._work = work
+        self._work, self._start_s = work, 0.0
+        self._commit = make_record("quality", {}, Gate(checks={}), {})["commit"]
 
-    def run(self, cell: Cell) -> Cell:
-        """Measure one cell and write it down; one that reads everything anyway is copied from dense."""
-        path = self._work / f"{cell.name}.json"
-        sparse = SETTINGS[cell.settings]
-        if sparse is not None and cell.length + 256 <= sparse.first_sparse_position():
-            done = self._dense(cell)
+    def run(self, job: Job) -> list[Cell]:
+        """Measure a sample and write its cells; one that reads everything anyway is copied from dense."""
+        sparse = SETTINGS[job.settings]
+        self._reader.use, self._start_s = AttentionUse(), time.perf_counter()
+        if sparse is not None and job.lengths[-1] + 256 <= sparse.first_sparse_position():
+            done = [self._dense(cell) for cell in job.cells()]
+        elif job.part == "text":
+            done = [self._finish(self._text(cell, sparse)) for cell in job.cells()]
         else:
-            start_s = time.perf_counter()
-            self._reader.use = AttentionUse()
-            done = self._text(cell, sparse) if cell.part == "text" else self._task(cell, sparse)
-            seconds = time.perf_counter() - start_s
-            done = msgspec.structs.replace(done, use=self._reader.use, seconds=seconds)
-        path.write_bytes(msgspec.json.encode(done))
+            done = self._task(job, sparse)
+        for cell in done:
+            self.path(cell).write_bytes(msgspec.json.encode(cell))
         return done
 
-    def _dense(self, cell: Cell) -> Cell:
-        dense = msgspec.structs.replace(cell, settings="dense")
-        data = (self._work / f"{dense.name}.json").read_bytes()
-        return msgspec.structs.replace(msgspec.json.decode(data, type=Cell), settings=cell.settings)
+    def path(self, cell: Cell) -> Path:
+        """Where a cell is written."""
+        return self._work / f"{cell.name}.json"
 
-    def _task(self, cell: Cell, sparse: SparseAttention | None) -> Cell:
-        sample = self._writer.sample(cell.part, cell.length, cell.seed)
-        self._reader.read(sample.context, sparse, len(sample.context))
-        questions = [question.token_ids for question in sample.questions]
-        answers = self._reader.ask(len(sample.context), questions, sample.max_tokens, sparse)
-        scores = {
-            question.label or str(index): score(self._tokenizer.decode(answer), question.expected)
-            for index, (question, answer) in enumerate(zip(sample.questions, answers, strict=True))
-        }
-        return msgspec.structs.replace(cell, scores=scores)
+    def _dense(self, cell: Cell) -> Cell:
+        dense = self.path(msgspec.structs.replace(cell, settings="dense")).read_bytes()
+        return msgspec.structs.replace(msgspec.json.decode(dense, type=Cell), settings=cell.settings)
+
+    def _finish(self, cell: Cell) -> Cell:
+        seconds = time.perf_counter() - self._start_s
+        return msgspec.structs.replace(cell, use=self._reader.use, seconds=seconds, commit=self._commit)
+
+    def _task(self, job: Job, sparse: SparseAttention | None) -> list[Cell]:
+        """Read the context up to each length and ask there: what follows does not change what was read."""
+        sample = self._writer.sample(job.part, job.lengths, job.seed)
+        done, read = [], 0
+        for cell in job.cells():
+            end = cell.length // GROUP_TOKENS * GROUP_TOKENS
+            asked = [question for question in sample.questions if question.length == end]
+            self._reader.read(sample.context[:end], sparse, end, read)
+            answers = self._reader.ask(end, [q.token_ids for q in asked], sample.max_tokens, sparse)
+            scores = {
+                question.label: score(self._tokenizer.decode(answer), question.expected)
+                for question, answer in zip(asked, answers, strict=True)
+            }
+            done.append(self._finish(msgspec.structs.replace(cell, scores=scores)))
+            read = end
+        return done
 
     def _text(self, cell: Cell, sparse: SparseAttention | None) -> Cell:
         tokens = self._writer.encode(_texts()[cell.seed].read_text())
@@ -157,7 +192,7 @@ def _texts() -> list[Path]:
 
 def gate(bench: Bench) -> dict[str, bool]:
     """Selection that leaves nothing out must answer as dense does; one that leaves most out must differ."""
-    reader, sample = bench._reader, bench._writer.sample("needle", 1024, 0)
+    reader, sample = bench._reader, bench._writer.sample("needle", (1024,), 0)
     everything = SparseAttention(budget_tokens=2048, dense_below_tokens=0, top_p=1.0)
     little = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0, selector="local")
     rows = [reader.read(sample.context, sparse, 512) for sparse in (None, everything, little)]
@@ -175,7 +210,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=cache_home() / "models/smollm2-135m-instruct")
     parser.add_argument("--work", type=Path, default=cache_home() / "quality")
     parser.add_argument("--parts", default="needle,text,ruler")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="ten needles a length, one of each RULER task")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=2400.0)
     arguments = parser.parse_args()
@@ -183,15 +218,14 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.model, arguments.work)
     end_s = time.monotonic() + arguments.budget_s
-    for cell in cells(arguments.parts.split(","), arguments.seeds):
-        if (arguments.work / f"{cell.name}.json").exists():
+    for job in jobs(arguments.parts.split(","), arguments.rounds):
+        if all(bench.path(cell).exists() for cell in job.cells()):
             continue
         if time.monotonic() >= end_s:
             break
-        done = bench.run(cell)
-        print(
-            done.name, {k: round(v, 3) for k, v in done.scores.items()}, f"{done.seconds:.0f} s", flush=True
-        )
+        for done in bench.run(job):
+            scores = {label: round(value, 3) for label, value in done.scores.items()}
+            print(done.name, scores, f"{done.seconds:.0f} s", flush=True)
     found = [msgspec.json.decode(path.read_bytes(), type=Cell) for path in arguments.work.glob("*.json")]
     report(found, gate(bench), {name: msgspec.to_builtins(sparse) for name, sparse in SETTINGS.items()})
 

@@ -1,7 +1,7 @@
 """Runs a model for the quality benchmark: one context, many questions, through the engine's own attention.
 
-The context's KV is computed once and shared by its questions, as the engine's prefix reuse does: the context
-is a whole number of selection groups, so each answer is that of its prompt run whole.
+The context's KV is computed once and shared by its questions, as the engine's prefix reuse does: what comes
+before a question is a whole number of selection groups, so each answer is that of its prompt run whole.
 """
 
 from collections.abc import Sequence
@@ -41,14 +41,20 @@ class Reader:
         self._store = KVStore(layout, count, memory, self.model.device, keeps_stats=True)
 
     @torch.inference_mode()
-    def read(self, context: Sequence[int], sparse: SparseAttention | None, keep_from: int) -> torch.Tensor:
-        """Prefill; hidden states after the last norm of the rows from `keep_from` on, `[n, hidden]`."""
+    def read(
+        self, context: Sequence[int], sparse: SparseAttention | None, keep_from: int, start: int = 0
+    ) -> torch.Tensor:
+        """Prefill; hidden states after the last norm of the rows from `keep_from` on, `[n, hidden]`.
+
+        What was read last of the same context goes on from its token `start`, a whole number of groups.
+        """
+        assert start % GROUP_TOKENS == 0
         kept = []
-        for start in range(0, len(context), CHUNK_TOKENS):
-            end = min(start + CHUNK_TOKENS, len(context))
-            span = Span(start, end - start, range(num_blocks(end)), sparse, len(context))
-            rows = self._forward([list(context[start:end])], [span])
-            kept.append(rows[max(0, keep_from - start) :])
+        for first in range(start, len(context), CHUNK_TOKENS):
+            end = min(first + CHUNK_TOKENS, len(context))
+            span = Span(first, end - first, range(num_blocks(end)), sparse, len(context))
+            rows = self._forward([list(context[first:end])], [span])
+            kept.append(rows[max(0, keep_from - first) :])
         return torch.cat(kept)
 
     @torch.inference_mode()
@@ -61,6 +67,8 @@ class Reader:
     ) -> list[list[int]]:
         """Greedy continuations, `max_tokens` each, of every question after the context read last."""
         assert num_context % GROUP_TOKENS == 0
+        if not questions:
+            return []
         tables, free = [], num_blocks(num_context)
         for question in questions:
             own = num_blocks(len(question) + max_tokens)

@@ -1,7 +1,7 @@
 """Cells of the quality benchmark to one table, record and heat map, each beside dense on the same cells."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +37,7 @@ class Cell(Protocol):
     scores: dict[str, float]
     continued: list[int]
     use: AttentionUse
+    commit: str
 
 
 def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, Any]) -> None:
@@ -57,13 +58,14 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
             "table": rows,
             "needles_by_length_and_depth": needles,
             "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in rows},
+            "cells_by_commit": dict(Counter(cell.commit for cell in cells)),
         },
     )
     heat_map(needles, HEAT_MAP)  # last: the record says whether the tree was clean before
 
 
-def heat_map(needles: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Share of needles found, one panel per settings: context length across, depth down."""
+def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:
+    """Share of needles found, one panel per settings: context length across, depth down; grey: none asked."""
     from matplotlib import pyplot
 
     panels = {name: found for name, found in needles.items() if found}
@@ -74,7 +76,9 @@ def heat_map(needles: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     )
     for axis, (name, found) in zip(axes[0], panels.items(), strict=True):
         lengths = sorted(found, key=int)
-        grid = [[found[length][str(depth)] for length in lengths] for depth in DEPTHS]
+        none = {"found": math.nan}
+        grid = [[found[length].get(str(depth), none)["found"] for length in lengths] for depth in DEPTHS]
+        axis.set_facecolor("lightgrey")
         axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(lengths)), [f"{int(n) / 1024:.3g}K" for n in lengths], fontsize=7)
         axis.set_yticks(range(len(DEPTHS)), [f"{depth} %" for depth in DEPTHS], fontsize=7)
@@ -121,15 +125,17 @@ def _standard_error(scores: Sequence[float]) -> float | None:
     return math.sqrt(share * (1 - share) / len(scores))
 
 
-def _needles(own: dict[Key, Any]) -> dict[str, dict[str, Any]]:
-    """By length: share found at each depth, and of how many asked there."""
+def _needles(own: dict[Key, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """By length and depth: the share found, and of how many asked there."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key in sorted(key for key in own if key[0] == "needle"):
         for depth, hit in own[key].scores.items():
             found[str(key[1])][depth].append(hit)
     return {
-        length: {"asked_per_depth": len(next(iter(depths.values())))}
-        | {depth: fmean(hits) for depth, hits in depths.items()}
+        length: {
+            depth: {"found": fmean(depths[depth]), "asked": len(depths[depth])}
+            for depth in sorted(depths, key=int)
+        }
         for length, depths in found.items()
     }
 

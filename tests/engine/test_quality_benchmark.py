@@ -14,9 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import long_context
 import quality_levers
 import quality_report
+from kvrelay.models.loading import load_model
 from kvrelay.models.tokenizer import Tokenizer
-from kvrelay.sparse import GROUP_TOKENS, AttentionUse
-from quality_tasks import DEPTHS, RULER, TASKS, Writer, score
+from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
+from quality_model import Reader
+from quality_tasks import DEPTHS, NESTED, RULER, TASKS, WORDS, Writer, score
+
+LITTLE = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +32,61 @@ def writer(tiny_directory: Path) -> Writer:
 def test_a_context_is_whole_groups_and_holds_every_answer(
     writer: Writer, tiny_directory: Path, task: str
 ) -> None:
-    sample = writer.sample(task, 8000, 3)
-    text = Tokenizer.from_directory(tiny_directory).decode(sample.context)
-    assert len(sample.context) == 8000 // GROUP_TOKENS * GROUP_TOKENS
-    for question in sample.questions:
-        for expected in question.expected:
-            assert expected in text, (task, question.label)
-    assert writer.sample(task, 8000, 3) == sample
-    assert writer.sample(task, 8000, 4) != sample
+    """Of every length that is asked, before it ends: what a question is about has been read."""
+    tokenizer, lengths = Tokenizer.from_directory(tiny_directory), (4000, 8000) if task in NESTED else (8000,)
+    sample = writer.sample(task, lengths, 3)
+    whole = [length // GROUP_TOKENS * GROUP_TOKENS for length in lengths]
+    assert len(sample.context) == whole[-1]
+    for length in whole:
+        text = tokenizer.decode(sample.context[:length])
+        asked = [question for question in sample.questions if question.length == length]
+        assert len({question.label for question in asked}) == len(asked)
+        for question in asked:
+            for expected in question.expected:
+                assert expected in text, (task, question.label)
+    assert {question.length for question in sample.questions} == set(whole)
+    assert writer.sample(task, lengths, 3) == sample
+    assert writer.sample(task, lengths, 4) != sample
 
 
-def test_needles_lie_at_their_depths(writer: Writer, tiny_directory: Path) -> None:
-    sample = writer.sample("needle", 16384, 0)
-    text = Tokenizer.from_directory(tiny_directory).decode(sample.context)
-    for depth, question in zip(DEPTHS, sample.questions, strict=True):
-        at = text.index(f"is {question.expected[0]}.") / len(text)
-        assert question.label == str(depth)
-        assert abs(at - depth / 100) < 0.06
+def test_needles_lie_at_their_depths_of_every_length(writer: Writer, tiny_directory: Path) -> None:
+    """Five samples have one at each depth of the longest; at shorter lengths, those that lie within."""
+    tokenizer, lengths = Tokenizer.from_directory(tiny_directory), (2048, 4096)
+    depths = {length: list[int]() for length in lengths}
+    for seed in range(5):
+        sample = writer.sample("needle", lengths, seed)
+        for length in lengths:
+            text = tokenizer.decode(sample.context[:length])
+            asked = [question for question in sample.questions if question.length == length]
+            assert len(asked) == sum(text.count(f"number of {key} is ") for key in WORDS)
+            for question in asked:
+                at = 100 * text.index(f" is {question.expected[0]}.") / len(text)
+                assert abs(at - int(question.label)) < 7, (length, question.label)
+                depths[length].append(int(question.label))
+    assert sorted(depths[4096]) == list(DEPTHS)
+    assert 4 <= len(depths[2048]) <= 5
+
+
+@pytest.mark.parametrize("sparse", [None, LITTLE])
+def test_a_context_read_in_two_answers_as_one_read_whole(
+    tiny_directory: Path, sparse: SparseAttention | None
+) -> None:
+    """Though it was asked half-way, where the questions' pages are those of the tokens that follow."""
+    tokens = torch.randint(2, 250, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+    question = tokens[300:340]
+
+    def reader() -> Reader:
+        return Reader(load_model(tiny_directory, "cpu", torch.float32), 2048)
+
+    whole, parted = reader(), reader()
+    expected = [whole.read(tokens, sparse, 1024).shape[0], whole.ask(1024, [question], 16, sparse)]
+    parted.read(tokens[:512], sparse, 512)
+    half_way = parted.ask(512, [question, question], 16, sparse)
+    assert [parted.read(tokens, sparse, 1024, 512).shape[0], parted.ask(1024, [question], 16, sparse)] == (
+        expected
+    )
+    assert half_way[0] == half_way[1] != expected[1][0]
+    assert parted.ask(1024, [], 16, sparse) == []
 
 
 def test_scores_are_shares_of_the_expected_strings() -> None:
@@ -60,14 +102,15 @@ def cell(part: str, settings: str, length: int, seed: int, **scores: float) -> A
         scores=scores,
         continued=[1, 2, 3] if settings == "dense" else [1, 2, 4],
         use=AttentionUse(1, 1, 4),
+        commit="",
     )
 
 
 def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
     cells = [
-        cell("needle", "dense", 1024, 0, a=1.0, b=1.0),
-        cell("needle", "sparse", 1024, 0, a=0.0, b=1.0),
-        cell("needle", "dense", 2048, 0, a=0.5),  # sparse has not got that far
+        cell("needle", "dense", 1024, 0, **{"5": 1.0, "15": 1.0}),
+        cell("needle", "sparse", 1024, 0, **{"5": 0.0, "15": 1.0}),
+        cell("needle", "dense", 2048, 0, **{"5": 0.5}),  # sparse has not got that far
         cell("text", "dense", 6144, 0, nll=2.0, top1=1.0, kl=0.0),
         cell("text", "sparse", 6144, 0, nll=2.1, top1=0.9, kl=0.1),
         cell(RULER[0], "dense", 4096, 0, a=1.0),
@@ -83,8 +126,8 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
     assert sparse["ppl_ratio"] == pytest.approx(1.10517, abs=1e-4)
     assert (sparse["greedy_match"], sparse["share_of_pairs"], sparse["tokens_per_query"]) == (2, 0.25, 1.0)
     assert quality_report._needles(grouped["dense"]) == {
-        "1024": {"asked_per_depth": 1, "a": 1.0, "b": 1.0},
-        "2048": {"asked_per_depth": 1, "a": 0.5},
+        "1024": {"5": {"found": 1.0, "asked": 1}, "15": {"found": 1.0, "asked": 1}},
+        "2048": {"5": {"found": 0.5, "asked": 1}},
     }
     assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
 
