@@ -36,7 +36,7 @@ MAX_TOKENS = 9472
 SETTINGS: dict[str, SparseAttention | None] = {
     "dense": None,
     "exact-1024": SparseAttention(
-        budget_tokens=2048, top_p=0.98, exact=True, local_blocks=2, dense_below_tokens=0
+        budget_tokens=4096, top_p=0.97, exact=True, local_blocks=2, dense_below_tokens=0
     ),
     "tree-1024": SparseAttention(budget_tokens=1024, dense_below_tokens=0),
     "tree-4096": SparseAttention(budget_tokens=4096, dense_below_tokens=0),
