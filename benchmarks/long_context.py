@@ -2,6 +2,7 @@
 
     python benchmarks/long_context.py                    # 4K to 128K, minutes
     python benchmarks/long_context.py --lengths 4096,8192
+    python benchmarks/long_context.py --exact --no-record    # a list for each head, ranked by every query
 
 A whole dense prefill of 128K tokens takes a CPU hours, so chunks are timed where they stand: one chunk of
 rows after 0, …, n tokens of (random) KV, through the engine's own layers and attention, dense and sparse
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--budget-tokens", type=int, default=4096)
+    parser.add_argument("--exact", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-record", action="store_true")
@@ -197,7 +199,9 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    sparse = SparseAttention(budget_tokens=arguments.budget_tokens, dense_below_tokens=0)
+    sparse = SparseAttention(
+        budget_tokens=arguments.budget_tokens, dense_below_tokens=0, exact=arguments.exact
+    )
     model = load_model(arguments.model, "cpu", torch.float32)
     bench = Bench(model, sparse, max(lengths), arguments.repeats)
     checked = check(bench, arguments.chunk, min(lengths))
@@ -213,7 +217,8 @@ def main() -> None:
     write_record(
         "long-context-cpu",
         settings={"layers": bench.num_layers, "threads": torch.get_num_threads(), "chunk": arguments.chunk}
-        | {"budget_tokens": arguments.budget_tokens, "dense_layers": bench.num_dense_layers}
+        | {"budget_tokens": arguments.budget_tokens, "exact": arguments.exact}
+        | {"dense_layers": bench.num_dense_layers}
         | {"timed_layers": TIMED_LAYERS, "dtype": "float32", "model": model.impl},
         gate={"passed": 0.7 < checked["ratio"] < 1.4, "chunks_add_up_to_a_prefill": checked},
         results={"prefill": prefill, "decode": decode},
