@@ -3,7 +3,7 @@
 # machine alone. VLLM=/path/to/vllm adds vLLM to the peers (benchmarks/servers.py says how to have its CPU build).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" dev
-[ -z "$(git status --porcelain --untracked-files=no)" ] || { echo "commit first: records name a commit"; exit 1; }
+[ -z "$(git status --porcelain --untracked-files=no -- . :!benchmarks/results)" ] || { echo "commit first: records name a commit"; exit 1; }
 python=.venv/bin/python
 peers=(--server kvrelay-colocated --server kvrelay-1P1D ${VLLM:+--server vllm})
 

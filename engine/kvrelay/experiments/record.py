@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "kvrelay.record/1"
+RECORDS = "benchmarks/results"  # what earlier programs left there changes nothing that runs
 LIBRARIES = ("kvrelay", "torch", "triton", "transformers", "numpy")
 
 
@@ -96,7 +97,8 @@ def _source_state() -> tuple[str | None, bool | None]:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!/{RECORDS}")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None, None
 
