@@ -8,8 +8,9 @@ A whole dense prefill of 128K tokens takes a CPU hours, so chunks are timed wher
 rows after 0, …, n tokens of (random) KV, through the engine's own layers and attention, dense and sparse
 layers in the same pass. A prefill is the sum over its chunks, interpolated between those positions (a dense
 chunk's cost is linear in its position). Layers have one shape: a few are timed, and counted as often as the
-model has them. The gate runs one whole prefill of the shortest length beside the sum of its chunks. Quality
-is not looked at here.
+model has them. The gate runs one whole prefill of the shortest length beside the sum of its chunks;
+`--whole N` runs prefills of N tokens from end to end besides, dense and sparse, of the timed layers alone.
+Quality is not looked at here.
 """
 
 import argparse
@@ -64,7 +65,7 @@ class Bench:
     ) -> None:
         self.num_layers, self.num_dense_layers = model.spec.num_layers, len(sparse.dense_layers)
         self._model, self._repeats = cut(model), repeats
-        self._sparse = first_layer_dense(sparse)
+        self.sparse = first_layer_dense(sparse)
         layout = KVLayout(
             model="",
             dtype=str(model.dtype).removeprefix("torch."),
@@ -83,16 +84,16 @@ class Bench:
         return _medians([self._once(end, num_rows) for _ in range(self._repeats + 1)][1:])
 
     @torch.inference_mode()
-    def whole(self, num_tokens: int, chunk: int, *, sparse: bool) -> float:
+    def whole(self, num_tokens: int, chunk: int, sparse: SparseAttention | None) -> float:
         """Seconds of a whole prefill of the cut model."""
         start_s = time.perf_counter()
         for start in range(0, num_tokens, chunk):
-            self._forward(start, min(start + chunk, num_tokens), self._sparse if sparse else None)
+            self._forward(start, min(start + chunk, num_tokens), sparse)
         return time.perf_counter() - start_s
 
     @torch.inference_mode()
     def _once(self, end: int, num_rows: int) -> Step:
-        by_layer, rest = self._forward(end - num_rows, end, self._sparse)
+        by_layer, rest = self._forward(end - num_rows, end, self.sparse)
         scaled = rest * self.num_layers / TIMED_LAYERS  # embedding and the last norm are next to nothing
         return Step(dense_layer_s=by_layer[0], sparse_layer_s=median(by_layer[1:]), rest_s=scaled)
 
@@ -177,9 +178,22 @@ def check(bench: Bench, chunk: int, num_tokens: int) -> dict[str, Any]:
     timed = sum(
         step.rest_s * TIMED_LAYERS / bench.num_layers + step.attention_s(TIMED_LAYERS, 1) for step in steps
     )
-    bench.whole(num_tokens, chunk, sparse=True)
-    whole = bench.whole(num_tokens, chunk, sparse=True)
+    bench.whole(num_tokens, chunk, bench.sparse)
+    whole = bench.whole(num_tokens, chunk, bench.sparse)
     return {"whole_s": whole, "sum_of_chunks_s": timed, "ratio": timed / whole}
+
+
+def whole_row(bench: Bench, num_tokens: int, chunk: int) -> dict[str, Any]:
+    """Prefills of the timed layers from end to end, all dense and then all sparse."""
+    sparse = msgspec.structs.replace(bench.sparse, dense_layers=())
+    dense_s, sparse_s = (bench.whole(num_tokens, chunk, each) for each in (None, sparse))
+    return {
+        "num_tokens": num_tokens,
+        "num_layers": TIMED_LAYERS,
+        "dense_s": dense_s,
+        "sparse_s": sparse_s,
+        "speedup": dense_s / sparse_s,
+    }
 
 
 def main() -> None:
@@ -191,6 +205,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--budget-tokens", type=int, default=4096)
+    parser.add_argument("--whole", type=int, default=None, metavar="N")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
@@ -212,7 +227,8 @@ def main() -> None:
             print(f"a chunk that ends at {end}: {steps[end]}", flush=True)
     prefill = [prefill_row(bench, steps, length, arguments.chunk) for length in lengths]
     decode = [decode_row(bench, length) for length in lengths]
-    for row in (*prefill, *decode):
+    whole = [] if arguments.whole is None else [whole_row(bench, arguments.whole, arguments.chunk)]
+    for row in (*prefill, *decode, *whole):
         print({name: round(value, 3) for name, value in row.items()})
     write_record(
         "long-context-cpu",
@@ -221,7 +237,7 @@ def main() -> None:
         | {"dense_layers": bench.num_dense_layers}
         | {"timed_layers": TIMED_LAYERS, "dtype": "float32", "model": model.impl},
         gate={"passed": 0.7 < checked["ratio"] < 1.4, "chunks_add_up_to_a_prefill": checked},
-        results={"prefill": prefill, "decode": decode},
+        results={"prefill": prefill, "decode": decode, "whole": whole},
         keep=not arguments.no_record,
     )
 

@@ -45,8 +45,11 @@ SETTINGS: dict[str, SparseAttention | None] = {
     "quest-1024": SparseAttention(selector="quest", budget_tokens=1024, dense_below_tokens=0),
     "mean_pool-1024": SparseAttention(selector="mean_pool", budget_tokens=1024, dense_below_tokens=0),
 }
-FIRST = ("dense", "exact-1024", "tree-1024", "tree-2048")
-OTHERS = tuple(name for name in SETTINGS if name not in FIRST)
+ORDER = (  # of jobs: rows of the table that come together
+    ("dense", "exact-1024", "tree-1024", "tree-2048"),
+    ("quest-1024", "mean_pool-1024"),
+    ("tree-4096", "tree-512"),
+)
 NUM_PAIRS = len(DEPTHS) // 2  # samples until needles have lain at every depth
 
 
@@ -92,7 +95,7 @@ def jobs(parts: list[str], rounds: int) -> Iterator[Job]:
     """Every job, most wanted first: a fair sample of every row before more of any."""
     for index in range(rounds):
         seeds = range(index * NUM_PAIRS, (index + 1) * NUM_PAIRS)
-        for names in (FIRST, OTHERS):
+        for names in ORDER:
             if "needle" in parts:
                 for lengths, seed in product(reversed(NEEDLE_LENGTHS), seeds):
                     yield from _alike("needle", names, lengths, seed)

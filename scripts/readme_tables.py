@@ -160,6 +160,35 @@ def hand_off(record: dict[str, Any]) -> str:
     return _table(rows) + _source(record, "hand_off.json")
 
 
+def long_context(record: dict[str, Any]) -> str:
+    """Prefill seconds and decode tokens/s by length, dense against sparse, and attention's share of them."""
+    decode = {row["num_tokens"]: row for row in record["results"]["decode"]}
+    rows = [
+        [
+            "tokens",
+            "prefill dense (s)",
+            "sparse (s)",
+            "dense / sparse",
+            "attention's share, dense",
+            "sparse",
+            "decode dense (tokens/s)",
+            "sparse (tokens/s)",
+        ]
+    ]
+    for row in record["results"]["prefill"]:
+        step = decode[row["num_tokens"]]
+        rows.append(
+            [
+                f"{row['num_tokens'] // 1024}K",
+                *(f"{row[name]:.0f}" for name in ("dense_s", "sparse_s")),
+                f"{row['speedup']:.2f}",
+                *(f"{row[f'attention_share_{kind}']:.0%}" for kind in ("dense", "sparse")),
+                *(f"{step[f'{kind}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")),
+            ]
+        )
+    return _table(rows) + _source(record, "long-context-cpu.json")
+
+
 def quality(record: dict[str, Any]) -> str:
     """Sparse against dense: text, needles and RULER, each beside dense on the same samples."""
     rows = [
@@ -199,6 +228,7 @@ TABLES = {
     "disaggregation_map": disaggregation_map,
     "hand_off": hand_off,
     "interference": interference,
+    "long-context-cpu": long_context,
     "peers": peers,
     "peers-float32": peers,
     "quality": quality,

@@ -172,6 +172,22 @@ def test_the_way_of_a_request(desk: Desk) -> None:
     assert not desk.router._writers
 
 
+@pytest.mark.parametrize("has_come", [False, True])
+def test_a_request_that_ends_before_its_kv_has_come_stops_the_writer(desk: Desk, has_come: bool) -> None:
+    """It ran on a part; what has not left is of no more use. Once all has come nobody writes."""
+    desk.router.submit(request(0), 0.0)
+    ((_, reserve),) = desk.taken()
+    assert isinstance(reserve, Reserve)
+    answer = reserved(reserve.request)
+    desk.says(answer)
+    for event in ("prefill_finished", "kv_usable", *(["kv_committed"] if has_come else [])):
+        desk.says(mark(1, event))
+    abort = Abort(request_id=RequestId("r0"), attempt=1)
+    with_ticket = Abort(request_id=RequestId("r0"), attempt=1, ticket=answer.ticket)
+    assert desk.says(token(7, end=True)) == ([] if has_come else [("d0", abort), ("p0", with_ticket)])
+    assert [update.finish_reason for update in desk.updates] == ["length"]
+
+
 def test_a_one_token_prompt_never_troubles_prefill(desk: Desk) -> None:
     desk.router.submit(request(0, num_prompt_tokens=1), 0.0)
     desk.taken()

@@ -14,6 +14,7 @@ import torch
 
 from kvrelay.cache.arrivals import Arrivals, Lacking, Tiles
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.prefix import Prefixes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
@@ -724,8 +725,11 @@ def test_what_is_told_twice_or_out_of_order_changes_nothing(early: Bench, twice:
         "late start": [start, news, start],
         "early news": [news, start, news],
     }
+    may_start = False
     for message in order[twice]:
         early.decode.on_notice(message)
+        may_start |= message.may_start
+        assert len(early.decode.scheduler.running) == may_start
     (sequence,) = early.decode.scheduler.running
     assert sequence.arrivals is not None
     rest = sequence.arrivals.rest()
@@ -738,6 +742,16 @@ def test_what_is_told_twice_or_out_of_order_changes_nothing(early: Bench, twice:
         early.decode.on_notice(message)
     assert len(early.decode.scheduler.running) == 1
     assert early.pool.num_free == NUM_BLOCKS - 4
+
+
+@pytest.mark.parametrize("arrivals", [None, Arrivals(TicketId("t"), 1, [1])])
+def test_blocks_whose_kv_has_not_all_come_are_not_found_again(arrivals: Arrivals | None) -> None:
+    prefixes, pool, request = Prefixes("layout"), BlockPool(6), spec("a", 200)
+    scheduler = DecodeScheduler(pool, 8, prefixes)
+    scheduler.run(DecodeSequence(request, pool.allocate(4), list(request.token_ids), arrivals=arrivals))
+    scheduler.remove(scheduler.running[0])
+    assert len(pool.find(prefixes.names_of(request))) == (3 if arrivals is None else 0)
+    assert pool.num_free == 6
 
 
 def test_all_tiles_count_once_all_has_come_though_nobody_told(early: Bench) -> None:
