@@ -65,6 +65,10 @@ class WorkerFailed(KVRelayError):
     """A worker process did not start, or died; the message carries the reason from its own log."""
 
 
+class NoWorker(WorkerFailed):
+    """No worker of a role is alive, so that nothing can be served."""
+
+
 class EngineClosed(KVRelayError):
     """The engine was closed while, or before, the request ran."""
 

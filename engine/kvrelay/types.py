@@ -114,7 +114,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 _are_biases(self.logit_bias),
                 f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -100 to 100",
             ),
-            "repetition_penalty": (0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100"),
             "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
             "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
             "priority": (abs(self.priority) <= MAX_INTEGER, f"-{MAX_INTEGER} to {MAX_INTEGER}"),

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from kvrelay.cache.tickets import TicketBook
 from kvrelay.errors import (
     InvalidRequest,
     KVRelayError,
+    NoWorker,
     PoolTooSmall,
     TransferFailed,
     UnknownName,
@@ -188,6 +190,15 @@ def test_a_request_that_ends_before_its_kv_has_come_stops_the_writer(desk: Desk,
     assert [update.finish_reason for update in desk.updates] == ["length"]
 
 
+def test_the_newest_requests_token_of_a_step_is_passed_on_first(desk: Desk) -> None:
+    for number in (0, 1):
+        desk.router.submit(request(number), 0.0)
+    step = token(7)
+    both = (*step.tokens, msgspec.structs.replace(step.tokens[0], request_id=RequestId("r1")))
+    desk.says(msgspec.structs.replace(step, num_tokens={"r0": 1, "r1": 1}, tokens=both))
+    assert [update.request_id for update in desk.updates] == ["r1", "r0"]
+
+
 def test_a_one_token_prompt_never_troubles_prefill(desk: Desk) -> None:
     desk.router.submit(request(0, num_prompt_tokens=1), 0.0)
     desk.taken()
@@ -310,7 +321,7 @@ def test_without_workers_of_a_role_requests_end_with_the_reason(desk: Desk, role
     for worker_id in (f"{role[0]}0", f"{role[0]}1"):
         desk.router.on_worker_dead(WorkerId(worker_id), "killed by signal 9", 1.0)
     desk.router.submit(request(1), 2.0)
-    assert [type(u.error) for u in desk.updates] == [WorkerFailed, WorkerFailed]
+    assert [type(u.error) for u in desk.updates] == [NoWorker, NoWorker]
     assert "killed by signal 9" in str(desk.updates[0].error)
     assert f"no {role} worker is alive" in str(desk.updates[1].error)
     assert desk.loads() == [(0, 0)] * 4

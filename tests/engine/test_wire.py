@@ -293,6 +293,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("logprobs", 1.0),
     ("ignore_eos", "yes"),
     ("repetition_penalty", 0.0),
+    ("repetition_penalty", 5e-324),  # would make every logit infinite
     ("repetition_penalty", float("inf")),
     ("repetition_penalty", float("nan")),
     ("repetition_penalty", 10**30),

@@ -1,6 +1,8 @@
 """What a client sees when the engine fails, is late, or goes; and pieces of one moment joined."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,24 @@ def test_without_a_role_it_is_not_ready(served: Served, monkeypatch: pytest.Monk
     assert (ready.status_code, ready.json()["reason"]) == (503, f"no {role} worker is alive")
 
 
+def test_without_a_living_worker_a_request_is_refused_with_the_reason(tiny_directory: Path) -> None:
+    with tiny_server(tiny_directory, transport="shm") as served:
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=LONG, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(next(w.pid for w in served.engine.report().workers if w.role == "decode"), signal.SIGKILL)
+            *_, last, done = [line for line in lines if line]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (done, error["code"]) == ("data: [DONE]", "no_worker")
+        assert (
+            "no decode worker is alive; the last attempt: decode-0 died: killed by SIGKILL"
+            in error["message"]
+        )
+        refused = post(served, {"prompt": "x"})
+        assert_is_error(refused, 503, "no decode worker is alive")
+        assert refused.json()["error"]["code"] == "no_worker"
+
+
 def test_the_models_own_name_is_taken_too(served: Served, tiny_directory: Path) -> None:
     assert post(served, {"prompt": "x", "max_tokens": 1, "model": str(tiny_directory)}).status_code == 200
 
@@ -93,6 +113,22 @@ def test_a_tokens_own_log_probability_is_among_the_alternatives(served: Served) 
     assert any(len(top) == 2 for top in found["top_logprobs"]), "hot enough not always to take the likeliest"
     for token, own, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         assert top[token] == own
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
+def test_a_requests_clock_runs_while_it_is_tokenised(
+    served: Served, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    encode = served.engine.tokenizer.encode
+
+    def slow(*arguments: Any) -> list[int]:
+        time.sleep(0.2)
+        return encode(*arguments)
+
+    monkeypatch.setattr(served.engine.tokenizer, "encode", slow)
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "kvrelay": True}
+    timings = post(served, body, path).json()["kvrelay"]["timings"]
+    assert timings["ttft_s"] > 0.2
 
 
 def test_the_completion_limit_has_the_newer_name_first(served: Served) -> None:

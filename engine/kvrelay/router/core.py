@@ -34,6 +34,7 @@ from kvrelay.wire import (
     WriterGone,
 )
 
+OfAttempt = Mark | PromptScored | Preempted | AttemptFailed
 MAX_FAILURES = 8
 MAX_DEATHS = 2  # of workers under one request, before it is taken for the cause
 
@@ -92,9 +93,7 @@ class Router:
 
     def on_message(self, message: Message, now_s: float) -> None:
         """A message from a worker. One about an attempt that is over changes nothing but the totals."""
-        if isinstance(message, Mark | PromptScored | Preempted | AttemptFailed) and not self.is_current(
-            message
-        ):
+        if isinstance(message, OfAttempt) and not self.is_current(message):
             return
         match message:
             case StepReport():
@@ -131,9 +130,7 @@ class Router:
                 request.num_deaths += 1
                 self._retry(request, error, now_s)
 
-    def is_current(
-        self, message: Mark | PromptScored | Reserved | Preempted | AttemptFailed | NewToken
-    ) -> bool:
+    def is_current(self, message: OfAttempt | Reserved | NewToken) -> bool:
         """Whether the message is about an attempt that is still going on."""
         request = self.requests.get(message.request_id)
         return request is not None and request.decode is not None and request.attempt == message.attempt
@@ -159,7 +156,7 @@ class Router:
         for request_id, count in step.unfinished.items():
             if RequestId(request_id) in self.requests:
                 self._deliver(Update(request_id=RequestId(request_id), num_prefilled=count, at_s=now_s))
-        for token in step.tokens:
+        for token in reversed(step.tokens):  # the newest request's first: its first token is most waited for
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)
         if step.tokens:

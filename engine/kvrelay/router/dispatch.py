@@ -24,9 +24,7 @@ def next_start(
     if request is None:
         return None
     found: Pair | KVRelayError | None = fleet.why_never(request)
-    if found is not None:
-        found = request.last_error or found
-    else:
+    if found is None:
         job = fleet.job(request)
         pairs = fleet.pairs(request, job, now_s)
         found = policy.choose(job, pairs) if pairs else None

@@ -6,7 +6,7 @@ Pure: keeps books, decides nothing and sends nothing.
 from collections.abc import Sequence
 
 from kvrelay.cache.prefix import Prefixes
-from kvrelay.errors import KVRelayError, PoolTooSmall, WorkerFailed
+from kvrelay.errors import KVRelayError, NoWorker, PoolTooSmall, WorkerFailed
 from kvrelay.metrics import WorkerTotals
 from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.request import RoutedRequest
@@ -51,30 +51,24 @@ class Fleet:
 
     def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
         """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
-        needed = num_blocks(max_total_tokens)
         for phase in PAIR:
-            largest = max(self.alive(phase), key=lambda load: load.num_blocks, default=None)
-            if largest is not None and largest.num_blocks < needed:
-                raise PoolTooSmall(
-                    f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
-                    f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
-                    f"{largest.worker_id} has {largest.num_blocks}"
-                )
+            error = _too_small(self.alive(phase), num_prompt_tokens, max_total_tokens)
+            if error is not None:
+                raise error
 
     def why_never(self, request: RoutedRequest) -> KVRelayError | None:
         """Why no living workers could ever serve the request; None when some could."""
-        needed = num_blocks(request.max_total_tokens)
         if request.pinned is not None:
             dead = [worker_id for worker_id in request.pinned if not self.workers[worker_id].is_alive]
-            return WorkerFailed(f"{dead[0]} is not alive") if dead else None
+            return request.last_error or WorkerFailed(f"{dead[0]} is not alive") if dead else None
         for phase in PAIR:
             alive = self.alive(phase)
-            if not any(load.num_blocks >= needed for load in alive):
-                try:
-                    self.check_fits(request.num_prompt_tokens, request.max_total_tokens)
-                except PoolTooSmall as error:
-                    return error
-                return WorkerFailed(f"no {phase} worker is alive")
+            if not alive:
+                last = "" if request.last_error is None else f"; the last attempt: {request.last_error}"
+                return NoWorker(f"no {phase} worker is alive{last}")
+            error = _too_small(alive, request.num_prompt_tokens, request.max_total_tokens)
+            if error is not None:
+                return request.last_error or error
         return None
 
     def job(self, request: RoutedRequest) -> Job:
@@ -192,3 +186,16 @@ def _usable(loads: list[Load], request: RoutedRequest, now_s: float) -> list[Loa
     settled = [load for load in loads if not load.is_draining]
     sound = [load for load in settled if load.breaker.allows(now_s)] or settled
     return [load for load in sound if load.worker_id != request.avoid] or sound
+
+
+def _too_small(loads: list[Load], num_prompt_tokens: int, max_total_tokens: int) -> PoolTooSmall | None:
+    """The error of a request that none of these could hold, if that is so; None where there are none."""
+    needed = num_blocks(max_total_tokens)
+    largest = max(loads, key=lambda load: load.num_blocks, default=None)
+    if largest is None or largest.num_blocks >= needed:
+        return None
+    return PoolTooSmall(
+        f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
+        f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
+        f"{largest.worker_id} has {largest.num_blocks}"
+    )

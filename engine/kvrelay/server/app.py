@@ -4,14 +4,15 @@ Knows HTTP and the engine's Python API. Knows no sockets or signals: `run` has t
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from kvrelay.engine import Engine
@@ -35,6 +36,14 @@ from kvrelay.version import __version__
 Body = TypeVar("Body", bound=Sampling)
 
 
+class DirectRoute(APIRoute):
+    """A route whose function is given the request as it is: FastAPI's injection costs as much as the rest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function itself."""
+        return self.endpoint
+
+
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     """The ASGI application; the engine stays the caller's to close."""
     service = Service(engine, config)
@@ -54,11 +63,10 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     documents = Documents()
-    router = APIRouter()
+    router = app.router  # not one that is included: routing would take twice as long
     _add_generation(router, service, documents)
     add_operations(router, service, documents)
     add_live_page(router, service, documents)
-    app.include_router(router)
     documents.install(app, with_key=config.api_key is not None)
     for kind in (KVRelayError, Refused, HTTPException, RequestValidationError, ClientGone, Exception):
         app.add_exception_handler(kind, _on_error)
@@ -67,10 +75,6 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
 
 def _add_generation(router: APIRouter, service: Service, documents: Documents) -> None:
-    @router.post(
-        "/v1/completions",
-        **documents.route(Completion, body=CompletionRequest, chunk=Completion, runs_engine=True),
-    )
     async def completions(request: Request) -> Response:
         """Continue text or token ids."""
         asked = await _read(service, request, CompletionRequest)
@@ -79,10 +83,6 @@ def _add_generation(router: APIRouter, service: Service, documents: Documents) -
         writer = CompletionWriter(plan, head, service.engine.tokenizer, asked.echo is True)
         return await _answer(service, request, asked, plan, writer)
 
-    @router.post(
-        "/v1/chat/completions",
-        **documents.route(ChatCompletion, body=ChatRequest, chunk=ChatChunk, runs_engine=True),
-    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         asked = await _read(service, request, ChatRequest)
@@ -90,6 +90,14 @@ def _add_generation(router: APIRouter, service: Service, documents: Documents) -
         head = Head.new("chatcmpl", service.model_name)
         writer = ChatWriter(plan, head, service.engine.tokenizer)
         return await _answer(service, request, asked, plan, writer)
+
+    for path, function, documented in (
+        ("/v1/completions", completions, (Completion, CompletionRequest, Completion)),
+        ("/v1/chat/completions", chat_completions, (ChatCompletion, ChatRequest, ChatChunk)),
+    ):
+        answer, body, chunk = documented
+        keywords = documents.route(answer, body=body, chunk=chunk, runs_engine=True)
+        router.add_api_route(path, function, methods=["POST"], route_class_override=DirectRoute, **keywords)
 
 
 async def _read(service: Service, request: Request, kind: type[Body]) -> Body:

@@ -10,71 +10,72 @@ from kvrelay.server.errors import Refused, error_body
 from kvrelay.server_config import ServerConfig
 
 
-def limited_connection(config: ServerConfig) -> type[HttpToolsProtocol]:
-    """The protocol class of a server with these limits."""
+class LimitedConnection(HttpToolsProtocol):
+    """Refuses a head that is too large while it still arrives, and closes one that does not."""
 
-    class LimitedConnection(HttpToolsProtocol):
-        """Refuses a head that is too large while it still arrives, and closes one that does not."""
+    limits: ServerConfig
+    _is_in_head = True
+    _num_head_bytes = 0
+    _head_timer: TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
 
-        _is_in_head = True
-        _num_head_bytes = 0
-        _head_timer: TimerHandle | None = None
-        _running: RequestResponseCycle | None = None
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
 
-        def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        self.pipeline.clear()
+        if self._running is not None:  # uvicorn tells the request that came last, not the one that runs
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:  # a body that came along is counted too: the limit is not that exact
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._num_head_bytes > self.limits.max_header_bytes:
+            self._refuse(
+                Refused(431, f"the request's head has more than {self.limits.max_header_bytes} bytes")
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        if self._head_timer is None:
             self._wait_for_head()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            self.pipeline.clear()
-            if self._running is not None:  # uvicorn tells the request that came last, not the one that runs
-                self._running.disconnected = True
-                self._running.message_event.set()
-            super().connection_lost(exc)
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        self._is_in_head, self._num_head_bytes = False, 0
+        super().on_headers_complete()
 
-        def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-            self._running = cycle
-            super()._start_asgi_task(cycle, app)
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(Refused(400, msg))
 
-        def data_received(self, data: bytes) -> None:
-            if self._is_in_head:  # a body that came along is counted too: the limit is not that exact
-                self._num_head_bytes += len(data)
-            super().data_received(data)
-            if self._is_in_head and self._num_head_bytes > config.max_header_bytes:
-                self._refuse(
-                    Refused(431, f"the request's head has more than {config.max_header_bytes} bytes")
-                )
+    def _refuse(self, error: Refused) -> None:
+        if self.transport.is_closing():
+            return
+        status, document = error_body(error)
+        content = msgspec.json.encode(document)
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head % len(content) + content)
+        self.transport.close()
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._is_in_head = True
-            if self._head_timer is None:
-                self._wait_for_head()
+    def _wait_for_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self.transport.close)
 
-        def on_headers_complete(self) -> None:
-            self._stop_waiting()
-            self._is_in_head, self._num_head_bytes = False, 0
-            super().on_headers_complete()
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(Refused(400, msg))
 
-        def _refuse(self, error: Refused) -> None:
-            if self.transport.is_closing():
-                return
-            status, document = error_body(error)
-            content = msgspec.json.encode(document)
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-            self.transport.write(STATUS_LINE[status] + head % len(content) + content)
-            self.transport.close()
-
-        def _wait_for_head(self) -> None:
-            self._head_timer = self.loop.call_later(config.header_timeout_s, self.transport.close)
-
-        def _stop_waiting(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-    return LimitedConnection
+def limited_connection(config: ServerConfig) -> type[LimitedConnection]:
+    """The protocol class of a server with these limits."""
+    return type("LimitedConnection", (LimitedConnection,), {"limits": config})

@@ -15,6 +15,7 @@ _KINDS: dict[type[errors.KVRelayError], tuple[int, str, str | None]] = {  # the 
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.Overloaded: (429, "rate_limit_error", "overloaded"),
     errors.DeadlineExceeded: (503, "server_error", "deadline_exceeded"),
+    errors.NoWorker: (503, "server_error", "no_worker"),
     errors.EngineClosed: (503, "server_error", "shutting_down"),
     errors.KVRelayError: (500, "server_error", None),
 }

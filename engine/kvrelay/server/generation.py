@@ -56,12 +56,16 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventBridge:
-    """Carries events from the router's thread to the loop, with one wake-up for all that come together."""
+    """Carries events from the router's thread to the loop, with one wake-up for all that come together.
+
+    A response's first event goes ahead: it would else wait until every other stream's next one is written.
+    """
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self.engine, self._loop = engine, loop
         self.recent: deque[Ended] = deque(maxlen=NUM_RECENT)
         self._events: deque[tuple[Generation, int, StreamEvent]] = deque()
+        self._later: deque[tuple[Generation, int, StreamEvent]] = deque()
         self._is_woken = False
 
     def put(self, generation: "Generation", index: int, event: StreamEvent) -> None:
@@ -76,8 +80,15 @@ class EventBridge:
         self._is_woken = False
         while self._events:
             generation, index, event = self._events.popleft()
-            if event.output is not None:
-                self.recent.append(Ended.of(event.output))
+            if generation.has_begun:
+                self._later.append((generation, index, event))
+            else:
+                generation.receive(index, event)
+        self._loop.call_soon(self._hand_out_later)  # when the first ones have been written
+
+    def _hand_out_later(self) -> None:
+        while self._later:
+            generation, index, event = self._later.popleft()
             generation.receive(index, event)
 
 
@@ -97,7 +108,7 @@ class Generation:
         self._bridge, self._ends_only = bridge, ends_only
         self._events: Burst = []
         self._arrived = asyncio.Event()
-        self._is_abandoned = False
+        self.has_begun = self._is_abandoned = False
         self._watch: asyncio.Task[None] | None = None
         self._unfinished: dict[int, RequestId] = {}
         for index, request in enumerate(prepared):
@@ -144,6 +155,9 @@ class Generation:
 
     def receive(self, index: int, event: StreamEvent) -> None:
         """One event, on the loop."""
+        self.has_begun = True
+        if event.output is not None:
+            self._bridge.recent.append(Ended.of(event.output))
         self._events.append((index, event))
         self._arrived.set()
 

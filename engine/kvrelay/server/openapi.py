@@ -22,7 +22,7 @@ _ERRORS = {
     429: "no room now; try again after Retry-After seconds",
     431: "too many headers",
     500: "a worker failed, and so did the attempts elsewhere",
-    503: "not ready, shutting down, or past the deadline",
+    503: "not ready, no worker alive, shutting down, or past the deadline",
 }
 _ALWAYS, _WITH_BODY, _ON_ENGINE = (401, 405, 431, 500), (400, 404, 408, 413, 415), (429, 503)
 _TEMPLATE = "#/components/schemas/{name}"

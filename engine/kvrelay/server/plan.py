@@ -4,6 +4,7 @@ Everything that can be refused is refused here, before anything is submitted.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,7 @@ class Plan:
 
 async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
     """Check a completion request. Raises `InvalidRequest` naming the field."""
+    arrived_s = time.monotonic()
     prompts = _prompts(asked.prompt)
     check_stream_options(asked)
     n = asked.n or 1
@@ -71,7 +73,7 @@ async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
     special = asked.add_special_tokens is not False
     prepared = []
     for prompt in prompts:
-        one = await _prepare(engine, prompt, params, special)
+        one = await _prepare(engine, prompt, params, special, arrived_s)
         _check_length(engine, one, max_tokens if asked.max_tokens is not None else 1)
         prepared += _repeat(one, n)
         await asyncio.sleep(0)  # many prompts take long: others get their turn
@@ -86,6 +88,7 @@ async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
 
 async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
     """Check a chat request; without a limit the answer may fill the context. Raises `InvalidRequest`."""
+    arrived_s = time.monotonic()
     check_stream_options(asked)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidRequest(f"top_logprobs={asked.top_logprobs}: needs logprobs=true")
@@ -95,7 +98,7 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
         raise InvalidRequest("max_tokens=0: expected at least 1")
     text = render(engine, asked.messages, add_generation_prompt=asked.add_generation_prompt is not False)
     params = _params(asked, engine.max_model_len if limit is None else limit, logprobs)
-    one = await _prepare(engine, text, params, False)
+    one = await _prepare(engine, text, params, False, arrived_s)
     _check_length(engine, one, limit or 1)
     n = asked.n or 1
     plan = Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
@@ -154,10 +157,12 @@ def _params(asked: Sampling, max_tokens: int, logprobs: int | None) -> SamplingP
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
 
 
-async def _prepare(engine: Engine, prompt: Prompt, params: SamplingParams, special: bool) -> Prepared:
+async def _prepare(
+    engine: Engine, prompt: Prompt, params: SamplingParams, special: bool, arrived_s: float
+) -> Prepared:
     if isinstance(prompt, str):
         prompt = await encode(engine, prompt, add_special_tokens=special)
-    return engine.prepare(prompt, params)
+    return replace(engine.prepare(prompt, params), arrived_s=arrived_s)  # its tokens took time too
 
 
 def _check_length(engine: Engine, prepared: Prepared, max_tokens: int) -> None:
