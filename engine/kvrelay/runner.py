@@ -60,7 +60,10 @@ class Runner:
         request wants its prompt scored, as what follows the last layer's attention is then not computed.
         """
         ahead = [index for index, chunk in enumerate(chunks) if chunk.has_room_ahead]
-        parts = [(chunk.job, chunk.start, chunk.length, chunk.foresees) for chunk in chunks]
+        parts = [
+            (chunk.job, chunk.start, chunk.length, chunk.foresees and not chunk.has_room_ahead)
+            for chunk in chunks
+        ]
         parts += [(chunks[index].job, chunks[index].job.num_tokens, 1, True) for index in ahead]
         spans, tokens = list[Span](), list[int]()
         for job, start, length, is_watched in parts:
