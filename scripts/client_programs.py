@@ -242,7 +242,7 @@ def schemathesis(scene: Scene) -> Counts:
     command = [str(programs / "schemathesis"), "run", f"{scene.url}/openapi.json", "--max-examples", "10"]
     command += ["--exclude-path", "/v1/kvrelay/live", "--exclude-path-regex", "/role$", "--seed", "1"]
     command += ["--exclude-checks", "positive_data_acceptance", "--request-timeout", "1800"]
-    said = run([*command, "--phases", "coverage,fuzzing", "--workers", "4"], work)
+    said = run([*command, "--phases", "coverage,fuzzing"], work)
     count = re.search(r"(\d+) generated", said)
     return Counts(note=f"{count.group(1) if count else '?'} cases")
 

@@ -100,7 +100,7 @@ def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None
         ("completions", {"prompt": "x", "stop": ""}, "at most 16 strings of 1 to", "stop"),
         ("completions", {"prompt": "x", "logit_bias": {"300": 1}}, "300 is not in 0 to 257", "logit_bias"),
         ("completions", {"prompt": "x", "logit_bias": {"3": 101}}, "from -100 to 100", "logit_bias"),
-        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "Expected `int`", None),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "Expected `int`", "logit_bias"),
         ("completions", {"prompt": "x", "stream_options": {}}, "needs stream=true", "stream_options"),
         ("completions", {"prompt": "x", "suffix": "y"}, "fill in the middle", "suffix"),
         ("completions", {"prompt": "x", "guided_regex": "a+"}, "not built", "guided_regex"),

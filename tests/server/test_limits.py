@@ -155,6 +155,23 @@ def test_slow_clients_hold_nobody_up_and_are_let_go(guarded: Served, client: htt
     assert raw(guarded, starts[2]).startswith(b"HTTP/1.1 408")
 
 
+def test_each_request_of_a_connection_has_the_whole_limit_and_a_clock_of_its_own(guarded: Served) -> None:
+    head = b"GET /health HTTP/1.1\r\nx: " + b"y" * 1500 + b"\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=5) as connection:
+        for _ in range(4):  # more than one may have, all together; in two pieces, so that a part is seen
+            connection.sendall(head[:1000])
+            time.sleep(0.05)
+            connection.sendall(head[1000:])
+            said = b""
+            while b"}" not in said:
+                said += connection.recv(65536)
+            assert said.startswith(b"HTTP/1.1 200"), said
+        connection.sendall(head[:1000])
+        begin_s = time.monotonic()
+        assert connection.recv(65536) == b"", "closed"
+        assert time.monotonic() - begin_s < 4
+
+
 def test_a_reader_that_stops_reading_is_no_burden(guarded: Served, client: httpx.Client) -> None:
     """It takes a stream and never reads: others go on, and its request ends when it goes."""
     body = json.dumps(

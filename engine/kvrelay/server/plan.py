@@ -76,7 +76,8 @@ async def plan_completion(engine: Engine, asked: CompletionRequest) -> Plan:
         one = await _prepare(engine, prompt, params, special, arrived_s)
         _check_length(engine, one, max_tokens if asked.max_tokens is not None else 1)
         prepared += _repeat(one, n)
-        await asyncio.sleep(0)  # many prompts take long: others get their turn
+        if len(prompts) > 1:
+            await asyncio.sleep(0)  # many take long: others get their turn
     return Plan(
         prompts=prompts,
         prepared=prepared,
@@ -126,8 +127,6 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool) -> list
         raise InvalidRequest(
             f"prompt: {len(text)} characters; max_model_len={engine.max_model_len} holds {longest} at most"
         )
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidRequest("prompt: it holds half of a surrogate pair, which is no character")
     if len(text) < LARGE_TEXT:
         return engine.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(engine.tokenizer.encode, text, add_special_tokens)

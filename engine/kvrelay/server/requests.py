@@ -172,8 +172,8 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     try:
         document = msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        what, _, path = str(error).partition(" - at `$.")
-        field = path.rstrip("`")
+        what, _, place = str(error).partition(" - at `")  # `$.n`, or `key` in `$.logit_bias`
+        field = place.rpartition("$.")[2].rstrip("`")
         raise InvalidRequest(f"{field}: {what}" if field else f"the body: {what}") from None
     for field in kind.__struct_fields__:  # type: ignore[attr-defined]
         if field in REFUSED:
