@@ -52,7 +52,8 @@ class Documents:
         content: dict[str, Any] = {"application/json": {"schema": self._refer(answer)}}
         if chunk is not None:
             self._structs.append(chunk)
-            content["text/event-stream"] = {"schema": {"type": "string", "description": _stream(chunk)}}
+            # no type: readers disagree on whether the schema is the stream's or each event's
+            content["text/event-stream"] = {"schema": {"description": _stream(chunk)}}
         responses: dict[int | str, Any] = {200: {"description": "done", "content": content}}
         for status, document in sorted(statuses.items()):
             error = {"application/json": {"schema": self._refer(document)}}
