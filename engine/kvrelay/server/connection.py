@@ -25,7 +25,6 @@ class LimitedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        self.pipeline.clear()
         if self._running is not None:  # uvicorn tells the request that came last, not the one that runs
             self._running.disconnected = True
             self._running.message_event.set()
