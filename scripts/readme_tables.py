@@ -194,6 +194,7 @@ def quality(record: dict[str, Any]) -> str:
     rows = [
         [
             "settings",
+            "texts",
             "keys a query",
             "top-1 as dense",
             "KL (nats)",
@@ -204,9 +205,10 @@ def quality(record: dict[str, Any]) -> str:
         ]
     ]
     for name, row in record["results"]["table"].items():
-        text = ["-"] * 5
+        text = ["-"] * 6
         if row["texts"]:
-            text = [f"{row['tokens_per_query']:.0f}", f"{row['top1']:.1%}", f"{row['kl']:.3f}"]
+            text = [f"{row['texts']}", f"{row['tokens_per_query']:.0f}"]
+            text += [f"{row['top1']:.1%}", f"{row['kl']:.3f}"]
             text += [f"{row['ppl_ratio']:.3f}", f"{row['greedy_match']:.3g}"]
         rows.append([f"`{name}`", *text, _beside_dense(row, "needle"), _beside_dense(row, "ruler")])
     return _table(rows) + _source(record, "quality.json")
