@@ -51,6 +51,28 @@ def test_a_first_event_is_handed_out_before_the_next_ones_of_others() -> None:
     ]
 
 
+def test_the_others_wait_until_a_first_event_can_have_been_written() -> None:
+    heard: list[str] = []
+
+    async def run() -> None:
+        bridge = EventBridge(cast(Engine, None), asyncio.get_running_loop())
+        for listener in (Listener("old", heard, has_begun=True), Listener("new", heard)):
+            bridge.put(cast(Any, listener), 0, StreamEvent(request_id=RequestId(listener.name)))
+        await asyncio.sleep(0)
+        assert heard == ["new"]
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert heard == ["new", "old"]
+
+
+def test_a_response_has_begun_once_it_heard_something() -> None:
+    generation = Generation(cast(EventBridge, None), [], ends_only=False)
+    assert not generation.has_begun
+    generation.receive(0, StreamEvent(request_id=RequestId("r")))
+    assert generation.has_begun
+
+
 def test_what_a_response_hears_is_in_order_even_when_more_comes_meanwhile() -> None:
     heard = hear([("old", "1"), ("new", "1"), ("new", "2")], [("new", "3"), ("old", "2")])
     assert [text for text in heard if text.startswith("new")] == ["new1", "new2", "new3"]

@@ -158,7 +158,7 @@ def test_slow_clients_hold_nobody_up_and_are_let_go(guarded: Served, client: htt
 def test_each_request_of_a_connection_has_the_whole_limit_and_a_clock_of_its_own(guarded: Served) -> None:
     head = b"GET /health HTTP/1.1\r\nx: " + b"y" * 1500 + b"\r\n\r\n"
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=5) as connection:
-        for _ in range(4):  # more than one may have, all together; in two pieces, so that a part is seen
+        for _ in range(8):  # more than one may have, all together; in two pieces, so that a part is seen
             connection.sendall(head[:1000])
             time.sleep(0.05)
             connection.sendall(head[1000:])
