@@ -101,18 +101,25 @@ def test_the_file_tier_stays_within_its_bytes(tmp_path: Path) -> None:
     assert [path.stem for path in tmp_path.iterdir()] == [NAMES[5].hex()]
 
 
+def held_up(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> tuple[threading.Event, threading.Event]:
+    """A function that says when it is called, by the first event, and waits for the second."""
+    is_called, may_go_on, function = threading.Event(), threading.Event(), getattr(owner, name)
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        is_called.set()
+        may_go_on.wait(10.0)
+        function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, slow)
+    return is_called, may_go_on
+
+
 def test_a_block_is_found_before_it_is_written_and_a_slow_disk_costs_blocks_not_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_write, is_writing = threading.Event(), threading.Event()
-    write = file_tier._write
-
-    def slow(*arguments: Any) -> None:
-        is_writing.set()
-        may_write.wait(10.0)
-        write(*arguments)
-
-    monkeypatch.setattr(file_tier, "_write", slow)
+    is_writing, may_write = held_up(monkeypatch, file_tier, "_write")
     monkeypatch.setattr(file_tier, "MAX_UNWRITTEN_BYTES", 250)
     tier = FileTier(tmp_path, 10_000)
     assert tier.put(NAMES[0], content(0)) == []
@@ -138,6 +145,39 @@ def test_a_block_dropped_before_it_was_written_leaves_no_file(tmp_path: Path) ->
     assert tier.wait(5.0)
     assert [path.stem for path in tmp_path.iterdir()] == [NAMES[3].hex()]
     assert tier.get(NAMES[3]) == content(3)
+    tier.close()
+
+
+def test_blocks_dropped_unwritten_do_not_count_as_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, may_write = held_up(monkeypatch, file_tier, "_write")
+    monkeypatch.setattr(file_tier, "MAX_UNWRITTEN_BYTES", 250)
+    tier = FileTier(tmp_path, HEADER + 100)
+    tier.put(NAMES[0], content(0))
+    for _ in range(5):
+        for index in (1, 0):
+            assert tier.put(NAMES[index], content(index)) == [(NAMES[1 - index], b"")]
+    may_write.set()
+    assert tier.wait(5.0)
+    assert tier.get(NAMES[0]) == content(0)
+    tier.close()
+
+
+def test_a_block_that_comes_back_while_its_file_is_deleted_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = FileTier(tmp_path, HEADER + 100)
+    tier.put(NAMES[0], content(0))
+    assert tier.wait(5.0)
+    is_deleting, may_delete = held_up(monkeypatch, Path, "unlink")
+    tier.put(NAMES[1], content(1))
+    assert is_deleting.wait(5.0)
+    assert tier.put(NAMES[0], content(0)) == [(NAMES[1], b"")]
+    may_delete.set()
+    assert tier.wait(5.0)
+    assert tier.get(NAMES[0]) == content(0)
+    assert [path.stem for path in tmp_path.iterdir()] == [NAMES[0].hex()]
     tier.close()
 
 
