@@ -288,6 +288,12 @@ def test_full_blocks_hold_what_their_names_say_whatever_was_evicted(
     assert max_bytes < 1000 or before <= memory.tiers.names()
 
 
+def test_what_an_earlier_process_left_is_news_at_first() -> None:
+    memory = Memory(2, 1000)
+    memory.tiers.put(NAMES[0], content(0, 16))
+    assert BlockPool(2, memory).take_changes(100) == ([NAMES[0]], [])
+
+
 def talk(llm: LLM, turns: int) -> tuple[list[list[int]], list[int]]:
     """Two conversations in turn on a pool that holds one: tokens, and what the first found again."""
     texts, tokens, cached = [prompts(400, 401)[index] for index in range(2)], [], []

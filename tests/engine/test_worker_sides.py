@@ -18,7 +18,7 @@ from kvrelay.cache.prefix import Prefixes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
-from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
+from kvrelay.scheduler.decode import PENDING, DecodeScheduler, DecodeSequence
 from kvrelay.scheduler.prefill import Chunk, PrefillJob
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
@@ -111,7 +111,7 @@ class FakeRunner:
         self.lacking: Tiles = {}
         self.layer_s = 0.0
         self.is_ahead = False
-        self.fails_at = 0
+        self.fails_at = self.is_lost_at = 0  # the number of the step that cannot be begun, or ended
         self.launched: list[int] = []
 
     def prefill(self, chunks: Sequence[Chunk], after_layer: Callable[[int], None]) -> torch.Tensor:
@@ -130,12 +130,15 @@ class FakeRunner:
     def launch(
         self, batch: Sequence[DecodeSequence]
     ) -> Callable[[], list[tuple[int, None] | Lacking | None]]:
+        assert self.is_ahead or not any(PENDING in sequence.token_ids for sequence in batch)
         self.launched.append(len(batch))
         if len(self.launched) == self.fails_at:
             raise RuntimeError("out of memory")
-        sampled = self.decode(batch)
+        sampled, number = self.decode(batch), len(self.launched)
 
-        def wait() -> list[tuple[int, None] | None]:
+        def wait() -> list[tuple[int, None] | Lacking | None]:
+            if number == self.is_lost_at:
+                raise RuntimeError("the device is lost")
             self._clock.now_s += self.layer_s
             return sampled
 
@@ -592,23 +595,31 @@ def test_steps_run_ahead_end_after_the_next_has_begun(bench: Bench, is_ahead: bo
     bench.pool.check()
 
 
-@pytest.mark.parametrize("event", ["abort", "failure"])
+def test_a_step_that_needs_all_tokens_waits_for_one_that_ran_ahead(bench: Bench) -> None:
+    bench.runner.is_ahead = True
+    bench.decode.reserve(Reserve(request=spec("a", 1)))
+    bench.decode.step()
+    bench.runner.is_ahead = False
+    while bench.decode.step():
+        pass
+    assert [token.token_id for step in bench.said(StepReport) for token in step.tokens] == [7] * 4
+
+
+@pytest.mark.parametrize("event", ["abort", "failure", "abort and loss"])
 def test_a_step_under_way_gives_nothing_to_sequences_that_are_gone(bench: Bench, event: str) -> None:
     bench.runner.is_ahead = True
     for name in ("stays", "goes"):
         bench.decode.reserve(Reserve(request=spec(name, 1)))
     bench.decode.step()
-    if event == "abort":
+    if event != "failure":
         bench.decode.abort(Abort(request_id=RequestId("goes"), attempt=1))
-    else:
-        bench.runner.fails_at = 2
+    bench.runner.fails_at, bench.runner.is_lost_at = 2 * (event == "failure"), event == "abort and loss"
     while bench.decode.step():
         pass
     tokens = [token.request_id for step in bench.said(StepReport) for token in step.tokens]
     assert tokens == (["stays"] * 4 if event == "abort" else [])
-    assert [m.request_id for m in bench.said(AttemptFailed)] == (
-        [] if event == "abort" else ["stays", "goes"]
-    )
+    failed = {"abort": [], "failure": ["stays", "goes"], "abort and loss": ["stays"]}
+    assert [m.request_id for m in bench.said(AttemptFailed)] == failed[event]
     assert bench.pool.num_free == NUM_BLOCKS
     bench.pool.check()
 
