@@ -46,6 +46,23 @@ def test_decode_dense_and_sparse_at_length_edges(impl: str, dtype: torch.dtype) 
     assert_accurate(got, batch, q, ones, selection)
 
 
+@pytest.mark.parametrize("loudest", [0, 9, 20])
+def test_decode_weighs_the_splits_of_long_lists(impl: str, loudest: int) -> None:
+    """One block's keys are so long that its split counts for most, whichever it is in."""
+    batch = make_batch([(64 * 21, 0)] * 3, dtype=torch.float32)
+    for keys, table in zip(batch.keys, batch.kv.block_table, strict=True):
+        keys[:, 64 * loudest : 64 * (loudest + 1)] *= 2
+        batch.kv.k_pages[table[loudest]] *= 2
+    q, lists = decode_queries(batch), random_selection(batch, 20, decode=True)
+    dense, sparse = (
+        kk.paged_decode(q, batch.kv, impl=impl),
+        kk.block_sparse_decode(q, batch.kv, lists, impl=impl),
+    )
+    for got, selection in ((dense, None), (sparse, lists)):
+        want = eager(batch, q, [1] * 3, selection, torch.float64)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, check_dtype=False)
+
+
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads", "head_dim"), SHAPES)
 def test_every_head_dim_and_group(impl: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
     heads = (num_q_heads, num_kv_heads)
