@@ -223,7 +223,7 @@ class Bench:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    for module in ("prefill", "decode", "early", "relay"):
+    for module in ("prefill", "decode", "early", "generation", "relay"):
         monkeypatch.setattr(f"kvrelay.worker.{module}.time", fake)
     return fake
 
