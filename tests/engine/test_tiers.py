@@ -1,5 +1,6 @@
 """KV that outlives its pages: bounded tiers, files whole or missing, the same tokens."""
 
+import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_a_block_is_found_before_it_is_written_and_a_slow_disk_costs_blocks_not_
     assert tier.put(NAMES[2], content(2)) == []
     assert tier.wait(5.0)
     assert len(list(tmp_path.glob("*.kvblock"))) == 3
+    tier.close()
+
+
+def test_a_file_that_grew_is_missing_and_no_memory_is_taken_for_it(tmp_path: Path) -> None:
+    tier = FileTier(tmp_path, 10_000)
+    tier.put(NAMES[0], content(0))
+    assert tier.wait(5.0)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, 2**40)  # a hole, larger than any memory
+    assert tier.get(NAMES[0]) is None
+    assert not path.exists()
     tier.close()
 
 

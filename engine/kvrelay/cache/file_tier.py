@@ -73,7 +73,7 @@ class FileTier:
             self._sizes[name] = size
             if name in self._unwritten:
                 return self._unwritten[name]
-        data = _read(self._path(name), name)
+        data = _read(self._path(name), name, size)
         if data is None:
             with self._changed:
                 self._sizes.pop(name, None)
@@ -164,10 +164,12 @@ def _write(path: Path, name: bytes, data: Content) -> None:
         raise
 
 
-def _read(path: Path, name: bytes) -> Content | None:
+def _read(path: Path, name: bytes, size: int) -> Content | None:
     try:
         with path.open("rb", buffering=0) as file:
-            content = bytearray(os.fstat(file.fileno()).st_size)
+            if os.fstat(file.fileno()).st_size != size:  # grown or cut since: not by this tier
+                return None
+            content = bytearray(size)
             file.readinto(content)
     except OSError:
         return None
