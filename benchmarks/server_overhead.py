@@ -99,7 +99,7 @@ def over_http(port: int, concurrency: int, requests: int, output_tokens: int) ->
             count = num_tokens(number, round_number, output_tokens)
             body = {"prompt": prompt(number * requests + round_number), "max_tokens": count, **ASKED}
             content = json.dumps(body).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
             begin_s = time.monotonic()
             writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + content)
             await reader.readuntil(b"data: ")

@@ -194,6 +194,9 @@ def test_figures_are_those_that_were_fed() -> None:
     )
     assert value(text, "kvrelay:time_to_first_token_seconds_sum") == pytest.approx(0.8)
     assert value(text, "kvrelay:inter_token_latency_seconds_bucket", le="0.15") == 2.0
+    for name in ("generation_tokens", "max_num_generation_tokens"):
+        assert value(text, f"kvrelay:request_{name}_sum") == 6.0, "two answers of three"
+    assert value(text, "kvrelay:request_params_max_tokens_sum") == 2 * request(0).params.max_tokens
     assert value(text, "kvrelay:kv_cache_usage_perc") == 0.25
     assert value(text, "kvrelay:prefix_cache_hits_total") == 50.0
     assert value(text, "kvrelay:kv_transfer_stalls_total") == 6.0

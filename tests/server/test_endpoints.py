@@ -104,6 +104,11 @@ def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None
         ("completions", {"prompt": "x", "stream_options": {}}, "needs stream=true", "stream_options"),
         ("completions", {"prompt": "x", "suffix": "y"}, "fill in the middle", "suffix"),
         ("completions", {"prompt": "x", "guided_regex": "a+"}, "not built", "guided_regex"),
+        ("completions", {"prompt": "x", "bad_words": ["a"]}, "not built", "bad_words"),
+        ("completions", {"prompt": "x", "allowed_token_ids": []}, "not built", "allowed_token_ids"),
+        ("completions", {"prompt": "x", "prompt_logprobs": 0}, "echo and logprobs", "prompt_logprobs"),
+        ("completions", {"prompt": "x", "return_token_ids": True}, "/tokenize", "return_token_ids"),
+        ("chat/completions", {"messages": HI, "function_call": {"name": "f"}}, "not built", "function_call"),
         ("completions", {"prompt": "x" * 200_000}, "characters; max_model_len=1024 holds", "prompt"),
         ("chat/completions", {"messages": []}, "length >= 1", "messages"),
         ("chat/completions", {"messages": HI, "tools": [{}]}, "not built", "tools"),
@@ -133,6 +138,9 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_are_taken(client: httpx.Cl
         "response_format": {"type": "text"},
         "tools": [],
         "tool_choice": "none",
+        "function_call": "auto",
+        "bad_words": [],
+        "return_token_ids": False,
         "best_of": 1,
         "n": None,
         "user": "me",
@@ -258,6 +266,40 @@ def test_the_document_has_every_route_and_what_it_refers_to(client: httpx.Client
                 if status >= "400" and status != "503":
                     schema = answer["content"]["application/json"]["schema"]
                     assert schema["$ref"].endswith("/ErrorResponse")
+
+
+def test_the_document_says_that_tokenize_takes_one_of_two(client: httpx.Client) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/tokenize"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["$ref"].endswith("/TokenizeRequest")
+    given = [(one["required"], one["properties"]) for one in schema["oneOf"]]
+    assert given == [
+        (["prompt"], {"prompt": {"type": "string"}}),
+        (["messages"], {"messages": {"type": "array"}}),
+    ]
+    for body, status in (
+        ({"prompt": "x", "messages": None}, 200),
+        ({"prompt": None, "messages": HI}, 200),
+        ({"prompt": "x", "messages": HI}, 400),
+        ({"prompt": None, "messages": None}, 400),
+    ):
+        assert client.post("/tokenize", json=body).status_code == status
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_conversation_gets_special_tokens_only_when_asked(
+    client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch, asked: bool | None
+) -> None:
+    encode, seen = served.engine.tokenizer.encode, []
+
+    def spy(text: str, add_special_tokens: bool = True) -> list[int]:
+        seen.append(add_special_tokens)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(served.engine.tokenizer, "encode", spy)
+    body = {"messages": HI, "max_tokens": 1, "add_special_tokens": asked}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert seen == [asked is True]
 
 
 def test_the_page_is_one_file_without_foreign_parts(client: httpx.Client) -> None:

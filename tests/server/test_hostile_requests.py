@@ -30,7 +30,7 @@ def client(served: Served) -> Iterator[httpx.Client]:
 
 def post(body: dict[str, Any], head: bytes = b"") -> bytes:
     content = json.dumps(body).encode()
-    start = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + head
+    start = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n" + head
     return start + b"content-length: %d\r\n\r\n" % len(content) + content
 
 
@@ -152,7 +152,9 @@ def test_requests_sent_ahead_are_answered_in_order(served: Served) -> None:
     bodies = [
         {"prompt": "x", "max_tokens": n, "ignore_eos": True, "stream": n % 2 == 0} for n in range(1, 21)
     ]
-    sent = b"".join(map(post, bodies)) + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    sent = (
+        b"".join(map(post, bodies)) + b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         connection.sendall(sent)
         said = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -215,7 +217,7 @@ def test_who_leaves_at_any_moment_leaves_nothing(served: Served, caplog: pytest.
     ],
 )
 def test_a_body_of_doubtful_length_is_refused(served: Served, head: bytes) -> None:
-    start = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    start = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         connection.sendall(start + head)
         said = b""

@@ -102,6 +102,10 @@ TOKENS = Section(
             "Prompt tokens of a request.", buckets=COUNTS, vllm=True),
         Metric("request_generation_tokens", "histogram", "tokens",
             "Tokens delivered of a request.", buckets=COUNTS, vllm=True),
+        Metric("request_max_num_generation_tokens", "histogram", "tokens",
+            "The same: each choice is a request of its own here.", buckets=COUNTS, vllm=True),
+        Metric("request_params_max_tokens", "histogram", "tokens",
+            "Tokens that a request asked for at most.", buckets=COUNTS, vllm=True),
     ),
 )
 KV = Section(

@@ -118,7 +118,10 @@ class Telemetry:
             observe(name, max(0.0, getattr(timings, field)))
         observe("request_inference_time_seconds", max(0.0, timings.e2e_s - timings.queue_s))
         observe("request_prompt_tokens", request.num_prompt_tokens)
-        observe("request_generation_tokens", len(request.token_ids) - request.num_prompt_tokens)
+        num_tokens = len(request.token_ids) - request.num_prompt_tokens
+        for name in ("request_generation_tokens", "request_max_num_generation_tokens"):
+            observe(name, num_tokens)
+        observe("request_params_max_tokens", request.params.max_tokens)
         if timings.itl_s:
             observe("request_time_per_output_token_seconds", sum(timings.itl_s) / len(timings.itl_s))
 

@@ -1,13 +1,19 @@
-"""Reads a request's body within its limits: type, bytes and time."""
+"""Reads a request's body within its limits, type, bytes and time, or what is left of one that is refused."""
 
 import asyncio
+from contextlib import suppress
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from kvrelay.server.errors import Refused
 from kvrelay.server.generation import ClientGone
 from kvrelay.server_config import ServerConfig
+
+IS_READ = "kvrelay.is_read"  # in the scope once all of the body has come
+LINGER_S = 2.0
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
@@ -21,17 +27,24 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
             async for piece in request.stream():
                 body += piece
                 if len(body) > config.max_body_bytes:
-                    raise Refused(
-                        413,
-                        f"the body has more than {config.max_body_bytes} bytes",
-                        headers={"Connection": "close"},
-                    )
+                    raise Refused(413, f"the body has more than {config.max_body_bytes} bytes")
     except TimeoutError:
-        raise Refused(
-            408,
-            f"the body did not arrive within {config.body_timeout_s:g} s",
-            headers={"Connection": "close"},
-        ) from None
+        raise Refused(408, f"the body did not arrive within {config.body_timeout_s:g} s") from None
     except ClientDisconnect:
         raise ClientGone from None
+    request.scope[IS_READ] = True
     return bytes(body)
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether a body comes with these headers."""
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+async def throw_away(receive: Receive) -> None:
+    """Read what still comes of a body that is refused, for a moment: a connection that is closed before all
+    of it was read takes the answer along."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass

@@ -60,11 +60,19 @@ class LimitedConnection(HttpToolsProtocol):
     def _refuse(self, error: Refused) -> None:
         if self.transport.is_closing():
             return
-        status, document = error_body(error)
-        content = msgspec.json.encode(document)
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-        self.transport.write(STATUS_LINE[status] + head % len(content) + content)
+        if self._can_answer():
+            status, document = error_body(error)
+            content = msgspec.json.encode(document)
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+            self.transport.write(STATUS_LINE[status] + head % len(content) + content)
         self.transport.close()
+
+    def _can_answer(self) -> bool:
+        """Whether an answer now would be that of the request that cannot be read, not of one before it."""
+        running = self._running
+        if running is None or running.response_complete:
+            return True
+        return running.more_body and not running.response_started
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self.transport.close)

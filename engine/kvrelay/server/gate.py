@@ -1,4 +1,4 @@
-"""What every request passes before anything is read of it: header limits, the key, the body's length.
+"""What every request passes before anything is read of it: header limits, host or key, the body's length.
 
 Also gives every response the request's id and trace. Plain ASGI, so that streams pass through untouched.
 """
@@ -7,12 +7,15 @@ import base64
 import binascii
 import hmac
 import uuid
+from functools import lru_cache
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvrelay.server.body import IS_READ, has_body, throw_away
 from kvrelay.server.errors import Refused, error_response
-from kvrelay.server_config import ServerConfig
+from kvrelay.server_config import ServerConfig, is_loopback
 
 OPEN_PATHS = ("/health",)
 MAX_ID_CHARACTERS = 256
@@ -36,14 +39,8 @@ class Gate:
         request_id = given if _is_plain(given) else uuid.uuid4().hex
         carried = [(b"x-request-id", request_id.encode())]
         carried += [(n.encode(), headers[n].encode()) for n in _ECHOED if _is_plain(headers.get(n, ""))]
-
         scope[CARRIED] = carried
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *carried]
-            await send(message)
-
+        answer = _answering(scope, receive, send, has_body(headers))
         try:
             self._check(scope, headers, given)
         except Refused as error:
@@ -55,17 +52,15 @@ class Gate:
         limit = self._config.max_headers
         if len(scope["headers"]) > limit:
             raise Refused(431, f"{len(scope['headers'])} headers; at most {limit}")
-        if self._key is not None and scope["path"] not in OPEN_PATHS:
+        if self._key is None:
+            _check_host(headers.get("host", "localhost"))
+        elif scope["path"] not in OPEN_PATHS:
             self._check_key(scope["path"], headers.get("authorization", ""))
         if request_id and not _is_plain(request_id):
             raise Refused(400, f"x-request-id: expected 1 to {MAX_ID_CHARACTERS} printable ASCII characters")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._config.max_body_bytes:
-            raise Refused(
-                413,
-                f"the body has {length} bytes; at most {self._config.max_body_bytes}",
-                headers={"Connection": "close"},
-            )
+            raise Refused(413, f"the body has {length} bytes; at most {self._config.max_body_bytes}")
 
     def _check_key(self, path: str, authorization: str) -> None:
         """`Bearer KEY`, or a browser's password dialog (`Basic`, any user name)."""
@@ -80,6 +75,37 @@ class Gate:
             )
             scheme = 'Basic realm="kvrelay", charset="UTF-8"' if path == "/" else "Bearer"
             raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
+
+
+@lru_cache
+def _check_host(host: str) -> None:
+    """Without a key, only programs of this machine: not a foreign page whose own name now leads here."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name is None or not is_loopback(name):
+        message = f"host={host!r}: without an API key only names of this machine are answered: localhost"
+        raise Refused(403, message, code="host_not_allowed")
+
+
+def _answering(scope: Scope, receive: Receive, send: Send, with_body: bool) -> Send:
+    """`send` for one request. An answer before the whole body ends the connection, but not at once."""
+    is_early = False
+
+    async def answer(message: Message) -> None:
+        nonlocal is_early
+        if message["type"] == "http.response.start":
+            is_early = with_body and IS_READ not in scope
+            closing = [(b"connection", b"close")] if is_early else []
+            message["headers"] = [*message.get("headers", []), *scope[CARRIED], *closing]
+        elif is_early and not message.get("more_body", False):
+            await send({**message, "more_body": True})
+            await throw_away(receive)
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    return answer
 
 
 def _password(credentials: bytes) -> bytes:

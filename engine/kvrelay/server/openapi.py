@@ -14,6 +14,7 @@ from kvrelay.server.responses import ErrorResponse
 _ERRORS = {
     400: "a field is wrong; `param` names it",
     401: "the API key is missing or wrong",
+    403: "without an API key: a host name that is not this machine's",
     404: "no such model or path",
     405: "no such method here",
     408: "the body did not arrive in time",
@@ -24,7 +25,7 @@ _ERRORS = {
     500: "a worker failed, and so did the attempts elsewhere",
     503: "not ready, no worker alive, shutting down, or past the deadline",
 }
-_ALWAYS, _WITH_BODY, _ON_ENGINE = (401, 405, 431, 500), (400, 404, 408, 413, 415), (429, 503)
+_ALWAYS, _WITH_BODY, _ON_ENGINE = (401, 403, 405, 431, 500), (400, 404, 408, 413, 415), (429, 503)
 _TEMPLATE = "#/components/schemas/{name}"
 
 

@@ -11,7 +11,13 @@ from kvrelay.server.body import read_body
 from kvrelay.server.logprobs import spelled
 from kvrelay.server.openapi import Documents
 from kvrelay.server.plan import encode, render
-from kvrelay.server.requests import DetokenizeRequest, RoleRequest, TokenizeRequest, parse
+from kvrelay.server.requests import (
+    DetokenizeRequest,
+    RoleRequest,
+    TokenizeDocument,
+    TokenizeRequest,
+    parse,
+)
 from kvrelay.server.responses import (
     Detokenized,
     ErrorResponse,
@@ -97,7 +103,7 @@ def _add_models(router: APIRouter, service: Service, documents: Documents) -> No
 
 
 def _add_tokens(router: APIRouter, service: Service, documents: Documents) -> None:
-    @router.post("/tokenize", **documents.route(Tokenized, body=TokenizeRequest))
+    @router.post("/tokenize", **documents.route(Tokenized, body=TokenizeDocument))
     async def tokenize(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
         asked = parse(await read_body(request, service.config), TokenizeRequest)

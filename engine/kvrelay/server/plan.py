@@ -99,7 +99,7 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
         raise InvalidRequest("max_tokens=0: expected at least 1")
     text = render(engine, asked.messages, add_generation_prompt=asked.add_generation_prompt is not False)
     params = _params(asked, engine.max_model_len if limit is None else limit, logprobs)
-    one = await _prepare(engine, text, params, False, arrived_s)
+    one = await _prepare(engine, text, params, asked.add_special_tokens is True, arrived_s)
     _check_length(engine, one, limit or 1)
     n = asked.n or 1
     plan = Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)

@@ -68,6 +68,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
     logits_processors: Any = None
+    add_special_tokens: bool | None = None
+    allowed_token_ids: list[Any] | None = None
+    bad_words: list[Any] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 class CompletionRequest(Sampling, frozen=True, kw_only=True):
@@ -77,7 +83,6 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True):
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Logprobs | None = None
-    add_special_tokens: bool | None = None
     prompt_embeds: Any = None
 
 
@@ -112,6 +117,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True):
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
+    function_call: Any = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[Any] | None = None
@@ -128,6 +134,14 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
+
+
+def _is_given(field: str, kind: str) -> dict[str, Any]:
+    return {"required": [field], "properties": {field: {"type": kind}}}
+
+
+EITHER = {"oneOf": [_is_given("prompt", "string"), _is_given("messages", "array")]}
+TokenizeDocument = Annotated[TokenizeRequest, Meta(extra_json_schema=EITHER)]  # what types alone do not say
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,10 +168,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask 
     "include_stop_str_in_output": ((False,), "text always ends before the stop string"),
     "truncate_prompt_tokens": ((), "prompts are never truncated; send the tokens that you want read"),
     "logits_processors": (([],), "code from clients is not run"),
+    "allowed_token_ids": ((), "not built; logit_bias forbids tokens"),
+    "bad_words": (([],), "not built; logit_bias forbids tokens"),
+    "prompt_logprobs": ((), "completions show them with echo and logprobs"),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), ((False,), "/tokenize tells ids")),
     "suffix": (("",), "the model cannot fill in the middle"),
     "prompt_embeds": ((), "tensors from clients are not read"),
     **dict.fromkeys(("tools", "functions"), (([],), "tool calls are not built")),
-    "tool_choice": (("none", "auto"), "tool calls are not built"),
+    **dict.fromkeys(("tool_choice", "function_call"), (("none", "auto"), "tool calls are not built")),
     "chat_template": ((), "templates from clients are not run; the model's own is used"),
     "chat_template_kwargs": (({},), "the model's own chat template takes no arguments here"),
     "documents": (([],), "the chat template is given messages only"),

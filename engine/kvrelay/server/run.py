@@ -5,6 +5,7 @@ Knows sockets, signals and uvicorn. Knows nothing of documents.
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from kvrelay.server_config import ServerConfig
 SWITCH_S = 0.0005  # how long the router's thread may keep the server's waiting, or the other way round
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that none is closed while it is being used
 BACKLOG = 2048
+MAX_FILES = 65_536  # every connection is one; many systems let a process have 1,024 unless it asks
 logger = logging.getLogger("kvrelay")
 
 
@@ -59,6 +61,14 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise InvalidConfig(f"host={host!r}, port={port}: cannot listen there: {error.strerror}") from None
     return listener
+
+
+def allow_files() -> None:
+    """Let this process open as many files as it may, up to `MAX_FILES`."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(MAX_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def url(host: str, listener: socket.socket) -> str:
@@ -94,7 +104,8 @@ class DrainingServer(uvicorn.Server):
         self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then says so."""
+        """As uvicorn's, with room for connections; then says so."""
+        allow_files()
         await super().startup(sockets)
         if self.started:
             self._on_listening()
