@@ -156,6 +156,7 @@ def doctor(json_output: Json = False) -> None:
 def main() -> NoReturn:
     """Run the command; an error of ours is one line on standard error and exit code 1."""
     logging.basicConfig(format="kvrelay: %(message)s")
+    logging.getLogger("kvrelay").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -130,6 +130,7 @@ class Engine:
             energy=self._energy,
             detokenizer=Detokenizer(self.tokenizer, token_ids, tuple(params.stop)),
             logprobs=[],
+            sparse=self._runtime.router.fleet.sparse_of(params),
         )
         begun = self._runtime.call(lambda _: self._begin(stream, prepared.arrived_s))
         begun.add_done_callback(lambda future: self._if_not_begun(stream, future.exception()))

@@ -14,10 +14,11 @@ from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Timings
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.sparse import AttentionUse
+from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.types import FinishReason, HandOff, RequestId, TokenLogprobs, WorkerId
 
 logger = logging.getLogger("kvrelay")
+PROGRESS_S = 5.0  # a prompt that takes longer is in the log, so often
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +27,9 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     `prompt_logprobs` has an entry for each prompt token, None for the first, which has nothing before it.
     `energy` is what the meter had seen by then; its parts are None where nobody measured. `attention` says
-    what the request's queries read, by phase; it is empty where the engine is dense. `hand_off` says what
-    came over the transport before the first token and in all, and how often decode waited for some of it."""
+    what the request's queries read, by phase; it is empty where the engine is dense. `sparse` are the
+    settings that they selected by, None where they did not. `hand_off` says what came over the transport
+    before the first token and in all, and how often decode waited for some of it."""
 
     request_id: RequestId
     prompt: str | None
@@ -41,16 +43,21 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     energy: RequestEnergy
     attention: dict[str, AttentionUse] = {}
+    sparse: SparseAttention | None = None
     hand_off: HandOff = HandOff()
 
 
 class InFlight(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that has not ended: its age and the part of its ledger that it is in."""
+    """A request that has not ended: its age and the part of its ledger that it is in.
+
+    `num_prefilled` of its prompt tokens are computed; 0 until the first step of several has ended.
+    """
 
     request_id: RequestId
     part: str
     age_s: float
     num_prompt_tokens: int
+    num_prefilled: int
     num_output_tokens: int
     prefill: WorkerId | None
     decode: WorkerId | None
@@ -83,6 +90,9 @@ class OutputStream:
     energy: Callable[[RequestId], RequestEnergy]
     detokenizer: "Detokenizer"
     logprobs: list[TokenLogprobs]
+    sparse: SparseAttention | None = None
+    num_prefilled: int = 0
+    logged_s: float = 0.0
 
     @property
     def token_ids(self) -> list[int]:
@@ -97,6 +107,7 @@ class OutputStream:
             part=request.ledger.part(),
             age_s=now_s - request.ledger.arrived_s,
             num_prompt_tokens=request.num_prompt_tokens,
+            num_prefilled=self.num_prefilled,
             num_output_tokens=len(request.token_ids) - request.num_prompt_tokens,
             prefill=request.prefill,
             decode=request.decode,
@@ -111,7 +122,7 @@ class OutputStream:
             self.on_event(StreamEvent(request_id=update.request_id, error=update.error))
             return False
         if update.num_prefilled is not None:
-            self._tell_progress(update.num_prefilled)
+            self._tell_progress(update.num_prefilled, update.at_s)
             return False
         tokens = [] if update.token_id is None else [update.token_id]
         logprobs = [] if update.logprobs is None else [update.logprobs]
@@ -140,14 +151,12 @@ class OutputStream:
     def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
 
-    def _tell_progress(self, num_prefilled: int) -> None:
-        request = self.request
-        logger.info(
-            "%s: %d of %d prompt tokens computed",
-            request.request_id,
-            num_prefilled,
-            request.num_prompt_tokens,
-        )
+    def _tell_progress(self, num_prefilled: int, at_s: float) -> None:
+        request, self.num_prefilled = self.request, num_prefilled
+        if at_s - max(request.ledger.arrived_s, self.logged_s) >= PROGRESS_S:
+            self.logged_s = at_s
+            told = (request.request_id, num_prefilled, request.num_prompt_tokens)
+            logger.info("%s: %d of %d prompt tokens computed", *told)
         self.on_event(StreamEvent(request_id=request.request_id, num_prefilled=num_prefilled))
 
     def _output(self, reason: FinishReason, end_s: float) -> RequestOutput:
@@ -165,6 +174,7 @@ class OutputStream:
             timings=request.ledger.timings(end_s),
             energy=self.energy(request.request_id),
             attention=dict(request.attention),
+            sparse=self.sparse,
             hand_off=request.hand_off,
         )
 

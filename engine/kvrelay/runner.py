@@ -5,7 +5,6 @@ Knows sequences, pages and logits. Knows nothing about queues, sockets or time.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import msgspec
 import torch
 
 from kvrelay.attention import PagedAttention, Span
@@ -17,7 +16,7 @@ from kvrelay.models.native import NativeDecoder, pages_of
 from kvrelay.sampler import Row, Sampled, is_plain, sample, score
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
-from kvrelay.sparse import AttentionUse, SparseAttention, sparse_settings
+from kvrelay.sparse import AttentionUse, SparseAttention, settings_of
 from kvrelay.types import RequestSpec, TokenLogprobs
 
 SCORED_ROWS = 64
@@ -122,14 +121,8 @@ class Runner:
         return self.steps.launch(batch, [self._row(sequence) for sequence in batch])
 
     def sparse_of(self, request: RequestSpec) -> SparseAttention | None:
-        """The request's settings, or the engine's; `"auto"` in a request is what the engine measured."""
-        asked = request.params.attention
-        if self.sparse is None or asked is None:
-            return self.sparse
-        chosen = sparse_settings(asked)
-        if chosen is not None and chosen.dense_below_tokens == "auto":
-            chosen = msgspec.structs.replace(chosen, dense_below_tokens=self.sparse.dense_below_tokens)
-        return chosen
+        """The request's settings, or the engine's; None is dense."""
+        return settings_of(request.params.attention, self.sparse)
 
     def attention_by(self, requests: Sequence[RequestSpec]) -> dict[str, AttentionUse]:
         """What the last forward pass read, by request id; `requests` are those of its spans, in order."""

@@ -19,6 +19,7 @@ Chunks and shared prefixes end at multiples of it, so that no result depends on 
 SELECTORS = ("tree", "two_stage", "quest", "mean_pool", "antidiagonal", "local", "oracle")
 SELECTING_WITHOUT_KEYS = ("tree", "two_stage", "quest", "mean_pool", "local")
 """Selectors that name blocks by statistics, so that of all keys they read those of a few blocks, or none."""
+MAX_TOKENS = 2**31 - 1  # positions are counted in 32 bits
 HAND_OFFS = ("full", "sparse")
 ATTENTION = ("dense", "sparse", "auto")
 
@@ -55,30 +56,41 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for field, (ok, expected) in self._rules().items():
             if not ok:
                 raise InvalidConfig(f"{field}={getattr(self, field)!r}: expected {expected}")
+        _write_alike(self)
 
     def _rules(self) -> dict[str, tuple[bool, str]]:
         forced = (self.sink_blocks + self.local_blocks) * BLOCK_TOKENS
-        budget = f"a multiple of {BLOCK_TOKENS} of at least sink_blocks + local_blocks, {forced} tokens"
-        below, decode = self.dense_below_tokens, self.decode_budget_tokens
+        least = max(forced, BLOCK_TOKENS)
+        budget = (
+            f"a multiple of {BLOCK_TOKENS} from sink_blocks + local_blocks, {least} tokens, to {MAX_TOKENS}"
+        )
+        below, decode, most = self.dense_below_tokens, self.decode_budget_tokens, MAX_TOKENS // BLOCK_TOKENS
         return {
-            "sink_blocks": (self.sink_blocks >= 0, "at least 0"),
-            "local_blocks": (self.local_blocks >= 1, "at least 1, the query's own"),
-            "budget_tokens": (_is_budget(self.budget_tokens, forced), budget),
-            "decode_budget_tokens": (decode is None or _is_budget(decode, forced), budget),
+            "sink_blocks": (0 <= self.sink_blocks <= most, f"0 to {most}"),
+            "local_blocks": (1 <= self.local_blocks <= most, f"1, the query's own, to {most}"),
+            "budget_tokens": (_is_budget(self.budget_tokens, least), budget),
+            "decode_budget_tokens": (decode is None or _is_budget(decode, least), budget),
             "dense_layers": (all(layer >= 0 for layer in self.dense_layers), "layer numbers from 0"),
-            "dense_below_tokens": (below == "auto" or below >= 0, "'auto' or at least 0"),
+            "dense_below_tokens": (
+                below == "auto" or 0 <= below <= MAX_TOKENS,
+                f"'auto' or 0 to {MAX_TOKENS}",
+            ),
             "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
         }
 
-    def first_sparse_position(self) -> int:
-        """Prompt positions before this one read everything: as told, or because it all fits in the budget.
+    def budget(self, *, is_generated: bool) -> int:
+        """Most keys that a prompt's token, or a generated one, reads."""
+        return (self.decode_budget_tokens if is_generated else None) or self.budget_tokens
+
+    def first_sparse_position(self, *, is_generated: bool = False) -> int:
+        """Tokens at positions before this one read everything: as told, or because it fits in the budget.
 
         A multiple of `GROUP_TOKENS`. `dense_below_tokens` must have been measured if it was `"auto"`.
         """
         assert self.dense_below_tokens != "auto"
         told = -(-self.dense_below_tokens // GROUP_TOKENS) * GROUP_TOKENS
-        fits = 0 if self.top_p is not None else self.budget_tokens // GROUP_TOKENS * GROUP_TOKENS
-        return max(told, fits)
+        budget = self.budget(is_generated=is_generated)
+        return max(told, 0 if self.top_p is not None else budget // GROUP_TOKENS * GROUP_TOKENS)
 
 
 class AttentionUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,12 +136,27 @@ def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | Non
     return SparseAttention() if attention == "auto" else SparseAttention(dense_below_tokens=0)
 
 
+def settings_of(
+    asked: "str | SparseAttention | None", engine: SparseAttention | None
+) -> SparseAttention | None:
+    """A request's settings: those asked for, or the engine's, whose measured number `"auto"` stands for.
+
+    Dense, None, whatever is asked for, where the engine is.
+    """
+    if engine is None or asked is None:
+        return engine
+    chosen = sparse_settings(asked)
+    if chosen is not None and chosen.dense_below_tokens == "auto":
+        chosen = msgspec.structs.replace(chosen, dense_below_tokens=engine.dense_below_tokens)
+    return chosen
+
+
 def starts_early(sparse: SparseAttention | None, num_tokens: int) -> bool:
     """Whether a token generated after `num_tokens` others can be computed before all of their KV is there."""
     return (
         sparse is not None
         and sparse.selector in SELECTING_WITHOUT_KEYS
-        and num_tokens >= sparse.first_sparse_position()
+        and num_tokens >= sparse.first_sparse_position(is_generated=True)
     )
 
 
@@ -174,7 +201,6 @@ def _check_kinds(sparse: SparseAttention) -> None:
     """What a decoder checks by itself, for settings written in Python."""
     if not isinstance(sparse.dense_layers, list | tuple):
         raise InvalidConfig(f"dense_layers={sparse.dense_layers!r}: expected layer numbers")
-    msgspec.structs.force_setattr(sparse, "dense_layers", tuple(sparse.dense_layers))
     whole = {name: getattr(sparse, name) for name in ("budget_tokens", "sink_blocks", "local_blocks")}
     if sparse.decode_budget_tokens is not None:
         whole["decode_budget_tokens"] = sparse.decode_budget_tokens
@@ -183,11 +209,20 @@ def _check_kinds(sparse: SparseAttention) -> None:
     for field, value in [*whole.items(), *(("dense_layers", layer) for layer in sparse.dense_layers)]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise InvalidConfig(f"{field}={value!r}: expected an integer")
-    if sparse.top_p is not None and not isinstance(sparse.top_p, int | float):
+    if sparse.top_p is not None and (
+        isinstance(sparse.top_p, bool) or not isinstance(sparse.top_p, int | float)
+    ):
         raise InvalidConfig(f"top_p={sparse.top_p!r}: expected a number or None")
     if not isinstance(sparse.exact, bool):
         raise InvalidConfig(f"exact={sparse.exact!r}: expected true or false")
 
 
-def _is_budget(tokens: int, forced: int) -> bool:
-    return tokens % BLOCK_TOKENS == 0 and tokens >= max(forced, BLOCK_TOKENS)
+def _write_alike(sparse: SparseAttention) -> None:
+    """One form for settings that mean the same: blocks are named, and found, by how they are written."""
+    msgspec.structs.force_setattr(sparse, "dense_layers", tuple(sorted(set(sparse.dense_layers))))
+    if sparse.top_p is not None:
+        msgspec.structs.force_setattr(sparse, "top_p", float(sparse.top_p))
+
+
+def _is_budget(tokens: int, least: int) -> bool:
+    return tokens % BLOCK_TOKENS == 0 and least <= tokens <= MAX_TOKENS

@@ -193,6 +193,8 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     One page of one layer holds K then V of `block_size` tokens, each `[num_kv_heads, block_size, head_dim]`.
     `model` identifies the weights (a digest of the configuration and of the weight files' headers).
+    `dense_below_tokens` is the number that `"auto"` stands for in settings of sparse attention, on which KV
+    depends; None where there are none.
     """
 
     model: str
@@ -202,6 +204,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     head_dim: int
     block_size: int = BLOCK_SIZE
     version: int = LAYOUT_VERSION
+    dense_below_tokens: int | None = None
 
     @property
     def statistics(self) -> int:

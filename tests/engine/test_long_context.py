@@ -99,6 +99,11 @@ def test_a_pool_that_does_not_fit_says_the_bytes(short_directory: Path) -> None:
     needed = num_blocks(tokens) * layout.block_bytes
     with pytest.raises(InvalidConfig, match=f"num_kv_tokens={tokens} needs {needed} bytes"):
         size_pool(asked, layout, spec, CPU, 1)
+    most = psutil.virtual_memory().total // layout.block_bytes * 2 // 3
+    shared = EngineConfig(model="m", num_kv_tokens=64 * most)
+    assert size_pool(shared, layout, spec, CPU, 1) == most
+    with pytest.raises(InvalidConfig, match=r"num_kv_tokens=.* bytes in each of 2 workers; there are"):
+        size_pool(shared, layout, spec, CPU, 2)
     long = EngineConfig(model="m", max_model_len=131072)
     with pytest.raises(InvalidConfig, match=f"max_model_len=131072 needs {2048 * layout.block_bytes} bytes"):
         size_pool(long, layout, spec, CPU, 1)

@@ -3,17 +3,20 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from kvrelay.attention import PagedAttention, Span
-from kvrelay.attention.crossover import FILE, NEVER, measured
+from kvrelay.attention import PagedAttention, Span, call
+from kvrelay.attention.call import selection_config
+from kvrelay.attention.crossover import FILE, NEVER, Place, measured
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
+from kvrelay.errors import InvalidConfig
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.types import BLOCK_SIZE, KVLayout, num_blocks
 from kvrelay_kernels import KVBlockStats
@@ -84,10 +87,12 @@ def test_chunks_of_whole_groups_equal_the_whole_prompt(selector: str, exact: boo
     assert not torch.allclose(whole, dense(0, PROMPT), atol=1e-3), "the budget was meant to leave keys out"
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_rows_after_the_prompt_equal_those_of_decode(exact: bool) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"exact": True}, {"decode_budget_tokens": 128}, {"decode_budget_tokens": 1024}]
+)
+def test_rows_after_the_prompt_equal_those_of_decode(settings: dict[str, Any]) -> None:
     """A request that starts again recomputes generated tokens in chunks, and must find the same keys."""
-    chosen = msgspec.structs.replace(SMALL, exact=exact)
+    chosen = msgspec.structs.replace(SMALL, **settings)
     one_by_one = Sequence_(chosen).attend(PROMPT, *[1] * (TOTAL - PROMPT))
     again = Sequence_(chosen)
     torch.testing.assert_close(again.attend(768, TOTAL - 768), one_by_one, atol=1e-5, rtol=1e-5)
@@ -119,6 +124,35 @@ def test_the_decode_budget_is_its_own() -> None:
     sequence = Sequence_(everything)
     sequence.attend(PROMPT, 1)
     torch.testing.assert_close(sequence.outs[-1], dense(PROMPT, PROMPT + 1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_smaller_decode_budget_holds_where_the_prompt_was_within_its_own() -> None:
+    """At position 700 prompt tokens read all 701 keys, generated ones three blocks at most."""
+    sequence = Sequence_(msgspec.structs.replace(SMALL, budget_tokens=1024, decode_budget_tokens=192))
+    sequence.attend(700, prompt_end=700)
+    assert sequence.use.share_of_pairs == 1.0
+    before = sequence.use
+    sequence.attend(1, prompt_end=700)
+    assert sequence.use.attended_pairs - before.attended_pairs == KV_HEADS * (
+        2 * BLOCK_SIZE + 701 % BLOCK_SIZE
+    )
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_budget_beyond_the_pool_takes_no_memory_and_changes_nothing(
+    one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = msgspec.structs.replace(SMALL, budget_tokens=2**31 - 64, sink_blocks=2**24, top_p=0.5)
+    config = selection_config(huge, NUM_BLOCKS, one_by_one=one_by_one)
+    assert (config.budget, config.sink_blocks) == (NUM_BLOCKS + 1, NUM_BLOCKS)
+    wide = msgspec.structs.replace(SMALL, budget_tokens=40 * NUM_BLOCKS * BLOCK_SIZE, top_p=0.5)
+    lengths = [PROMPT, 1, 1] if one_by_one else [PROMPT]
+    cut, whole = Sequence_(wide), Sequence_(wide)
+    cut.attend(*lengths)
+    monkeypatch.setattr(call, "selection_config", lambda own, _, **how: selection_config(own, 10**6, **how))
+    assert torch.equal(whole.attend(*lengths), torch.cat(cut.outs))
+    assert whole.use == cut.use
+    assert cut.use.share_of_pairs < 0.9
 
 
 def test_pairs_are_counted_as_they_are_read() -> None:
@@ -231,22 +265,35 @@ def test_statistics_kept_as_tokens_arrive_equal_those_of_received_pages() -> Non
 
 def test_the_crossover_is_measured_once_for_all_workers(tmp_path: Path) -> None:
     auto = SparseAttention(budget_tokens=704, local_blocks=2, dense_layers=())
-    store = empty_store()
-    first = measured(auto, Q_HEADS, store, tmp_path)
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    first = measured(auto, place, tmp_path)
     assert first is not None
     assert first.dense_below_tokens != "auto"
     assert 704 < first.dense_below_tokens <= NEVER
     path = tmp_path / FILE
     known = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
     path.write_bytes(msgspec.json.encode(dict.fromkeys(known, 4096)))
-    second = measured(auto, Q_HEADS, store, tmp_path)
+    torch.set_num_threads((threads := torch.get_num_threads()) + 1)  # another worker may have others
+    second = measured(auto, place, tmp_path)
+    torch.set_num_threads(threads)
     assert second == msgspec.structs.replace(auto, dense_below_tokens=4096)
+    assert measured(auto, replace(place, workers=[["prefill", None, 2]]), tmp_path) is not None
+    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, int])) == 2
     path.write_text("not json")
-    assert measured(auto, Q_HEADS, store, tmp_path) is not None
+    assert measured(auto, place, tmp_path) is not None
     assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, int])) == 1
     told = msgspec.structs.replace(auto, dense_below_tokens=5)
-    assert measured(told, Q_HEADS, store, tmp_path) is told
-    assert measured(None, Q_HEADS, store, tmp_path) is None
+    assert measured(told, place, tmp_path) is told
+    assert measured(None, place, tmp_path) is None
+
+
+def test_a_crossover_that_cannot_be_measured_or_kept_is_refused(tmp_path: Path) -> None:
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    with pytest.raises(InvalidConfig, match=r"dense_below_tokens='auto': .*budget_tokens=65600"):
+        measured(SparseAttention(budget_tokens=65600), place, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidConfig, match=r"dense_below_tokens='auto': .* cannot be written"):
+        measured(SparseAttention(), place, tmp_path / "file")
 
 
 def test_softmax_scale_is_the_models() -> None:

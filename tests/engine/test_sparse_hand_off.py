@@ -6,13 +6,19 @@ The link is slow on purpose (a prompt's KV takes about half a second): decode ru
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
-from kvrelay import LLM, RequestsFailed, SamplingParams, SparseAttention
-from kvrelay.errors import InvalidConfig, TransferFailed, UnknownName
+from kvrelay import LLM, EngineConfig, RequestsFailed, SamplingParams, SparseAttention
+from kvrelay.attention.crossover import Place
+from kvrelay.config import WorkerConfig
+from kvrelay.errors import InvalidConfig, LayoutMismatch, TransferFailed, UnknownName
+from kvrelay.types import KVLayout, WorkerId
+from kvrelay.worker import loading
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (840, 513, 300, 700, 65, 257)
@@ -200,6 +206,44 @@ def test_what_cannot_be_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         sparse_llm(tiny_directory, **settings)
+
+
+def test_workers_that_select_from_different_positions_do_not_pair(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode would read keys that prefill does not send it first."""
+    numbers = iter((256, 512))
+
+    def measured(*_: object) -> SparseAttention:
+        return msgspec.structs.replace(SPARSE, dense_below_tokens=next(numbers))
+
+    monkeypatch.setattr(loading, "measured", measured)
+    with pytest.raises(LayoutMismatch, match=r"dense_below_tokens: (256 != 512|512 != 256)"):
+        sparse_llm(tiny_directory, attention="auto")
+
+
+def test_the_workers_of_an_engine_measure_alike_however_they_differ() -> None:
+    def place(worker: str, **settings: Any) -> Place:
+        engine = EngineConfig.of(model="m", attention="auto", **settings)
+        config = WorkerConfig(
+            worker_id=WorkerId(worker),
+            role="decode",
+            index=0,
+            epoch=1,
+            endpoint="",
+            run_directory="",
+            model_directory="",
+            num_threads=engine.worker_threads(WorkerId(worker)),
+            num_workers=2,
+            engine=engine.of_worker(WorkerId(worker)),
+        )
+        layout = KVLayout(model="m", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8)
+        return loading.place_of(config, layout, SimpleNamespace(num_q_heads=2), torch.device("cpu"))
+
+    listed = [{"role": "prefill", "threads": 1, "device": "cpu"}, {"role": "decode", "threads": 2}]
+    assert place("prefill-0", workers=listed) == place("decode-0", workers=listed)
+    assert place("prefill-0", threads_per_worker=1) == place("decode-0", threads_per_worker=1)
+    assert place("prefill-0", threads_per_worker=1) != place("decode-0", threads_per_worker=2)
 
 
 def test_requests_that_read_everything_are_handed_off_in_full(tiny_directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Contract 1 in sparse mode: the same tokens whichever way a request is served, and what was read is told."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvrelay import SamplingParams, SparseAttention
+from kvrelay import SamplingParams, SparseAttention, StreamEvent, outputs
 from kvrelay.errors import InvalidConfig, InvalidRequest
 from kvrelay.models.spec import ModelSpec
 from kvrelay.request_checks import check_layers
@@ -67,17 +68,46 @@ def test_sparse_tokens_are_equal_in_every_way(
     assert longest["decode"].share_of_pairs < 0.5
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {"exact": True, "top_p": 0.9, "dense_layers": ()},
+    "less in decode": {"budget_tokens": 512, "decode_budget_tokens": 128},
+    "more in decode, dense at first": {"decode_budget_tokens": 512, "dense_below_tokens": 300},
+}
+
+
 @pytest.mark.usefixtures("no_leftovers")
-def test_tokens_of_exact_lists_are_equal_whole_and_cut_up(tiny_directory: Path) -> None:
-    exact = msgspec.structs.replace(SPARSE, exact=True, top_p=0.9)
-    found = []
-    for way in ({"mode": "colocated", "max_num_seqs": 1, "prefill_chunk_tokens": None}, WAYS["preempted"]):
-        with tiny_llm(tiny_directory, attention=exact, **way) as llm:
-            outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_of_every_setting_are_equal_however_they_are_served(
+    tiny_directory: Path, variant: str
+) -> None:
+    """Whole and alone; cut up, preempted and then found in the cache; in parts over a link that fails."""
+    sparse = msgspec.structs.replace(SPARSE, **VARIANTS[variant])
+    in_parts = {
+        "kv_handoff": "sparse",
+        "transport": "faulty:inner=inproc:gbit_per_s=0.02,seed=5,fail=0.05,reorder=0.3,drop=0.1,limit=4",
+        "lease_s": 0.8,
+    }
+    alone = {"mode": "colocated", "max_num_seqs": 1, "prefill_chunk_tokens": None}
+    found, retried = [], []
+    for way in (alone, {"num_kv_blocks": 17, "prefill_chunk_tokens": 256}, in_parts):
+        with tiny_llm(tiny_directory, attention=sparse, **way) as llm:
+            found.append(llm.generate(prompts(300, 700, 840), greedy(100)))
+            if way is in_parts:
+                found.append(llm.generate(prompts(300, 700, 840), greedy(100)))
+            counts = llm.report().num_requests
+            retried.append(counts["retried"] + counts["preempted"])
             assert_all_blocks_home(llm)
-        found.append([output.token_ids for output in outputs])
-        assert outputs[-1].attention["prefill"].share_of_pairs < 0.7
-    assert found[0] == found[1]
+            assert set(llm.engine.close().values()) == {0}
+    assert retried[0] == 0
+    assert all(retried[1:])
+    assert found[2][-1].hand_off.bytes_before_first_token < found[2][-1].hand_off.num_bytes
+    assert found[3][-1].num_cached_tokens
+    tokens = [[output.token_ids for output in outputs] for outputs in found]
+    assert tokens == tokens[:1] * len(tokens)
+    assert found[0][-1].attention["prefill"].share_of_pairs < 0.9
+    for output in found[0] if "decode_budget_tokens" in VARIANTS[variant] else []:
+        most = (sparse.budget(is_generated=True) * 3 + 940) / 4  # one layer of four is dense
+        assert output.attention["decode"].attended_tokens_per_query <= most
 
 
 @pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
@@ -136,15 +166,24 @@ def test_a_request_may_have_settings_of_its_own(
             llm.generate(prompt, SamplingParams(attention=SparseAttention(dense_layers=(4,))))
     assert dense.token_ids == expected["dense"][-1]
     assert sparse.token_ids == expected["sparse"][-1]
-    assert dense.attention["prefill"].share_of_pairs == 1.0
+    assert (dense.attention["prefill"].share_of_pairs, dense.sparse) == (1.0, None)
     assert sparse.attention["prefill"].share_of_pairs < 0.7
 
 
-def test_a_long_prefill_tells_how_far_it_is(tiny_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_prefill_tells_how_far_it_is(
+    tiny_directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO", logger="kvrelay")
-    with tiny_llm(tiny_directory, prefill_chunk_tokens=256) as llm:
-        events = list(llm.stream(prompts(1, 700)[1], greedy(2)))
+    with tiny_llm(tiny_directory, prefill_chunk_tokens=256, prefix_cache=False) as llm:
+        list(llm.stream(prompts(1, 900)[1], greedy(2)))
+        assert not [record for record in caplog.records if "prompt tokens" in record.msg], "it took no 5 s"
+        monkeypatch.setattr(outputs, "PROGRESS_S", 0.0)
+        events, in_flight = list[StreamEvent](), list[int]()
+        for event in llm.stream(prompts(1, 700)[1], greedy(200)):
+            events.append(event)
+            in_flight += [request.num_prefilled for request in llm.engine.in_flight()]
         short = list(llm.stream(prompts(1, 200)[1], greedy(2)))
+    assert 512 in in_flight
     told = [event.num_prefilled for event in events if event.num_prefilled is not None]
     assert told == [256, 512]
     assert [event.num_prefilled for event in short] == [None, None]
@@ -167,6 +206,31 @@ def test_what_cannot_be_done_is_refused(tiny_directory: Path) -> None:
         with pytest.raises(InvalidRequest, match="attention='dense'"):
             llm.generate("abc", SamplingParams(attention="sparse"))
         (output,) = llm.generate("abc", SamplingParams(max_tokens=2, attention="dense"))
-        assert output.attention == {}
+        assert (output.attention, output.sparse) == ({}, None)
     with pytest.raises(InvalidConfig, match="dense_layers=7: the model has layers 0 to 3"):
         tiny_llm(tiny_directory, attention=SparseAttention(dense_layers=(0, 7)))
+
+
+def test_auto_stands_for_what_was_measured_for_requests_too(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVRELAY_HOME", str(tmp_path))
+    prompt, own = prompts(*LENGTHS)[-1], msgspec.structs.replace(SPARSE, dense_below_tokens="auto")
+    with tiny_llm(tiny_directory, attention="auto") as llm:
+        (short,) = llm.generate([prompt], greedy(4))
+    assert short.attention["prefill"].share_of_pairs == 1.0, "it fits in the budget of 4,096"
+    path = tmp_path / "crossover.json"
+    (key,) = json.loads(path.read_text())
+    path.write_text(json.dumps({key: 500}))
+    with tiny_llm(tiny_directory, attention="auto") as llm:
+        (auto,) = llm.generate([prompt], greedy(40, attention=own))
+    with tiny_llm(tiny_directory, attention="sparse") as llm:
+        told, others = (
+            llm.generate([prompt], greedy(40, attention=msgspec.structs.replace(own, dense_below_tokens=n)))[
+                0
+            ]
+            for n in (500, 0)
+        )
+    assert (auto.token_ids, auto.attention, auto.sparse) == (told.token_ids, told.attention, told.sparse)
+    assert auto.sparse == msgspec.structs.replace(own, dense_below_tokens=500)
+    assert auto.attention["prefill"] != others.attention["prefill"]

@@ -1,5 +1,6 @@
 """Settings of sparse attention: refused by name, the same in every form, and agreeing with the kernels."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from kvrelay.sparse import (
     AttentionUse,
     shareable_tokens,
     sparse_settings,
+    starts_early,
 )
 
 
@@ -35,7 +37,18 @@ from kvrelay.sparse import (
         {"decode_budget_tokens": 100},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"top_p": math.nan},
+        {"top_p": True},
         {"exact": 1},
+        {"selector": ["tree"]},
+        {"dense_layers": ("0",)},
+        {"dense_layers": (True,)},
+        {"budget_tokens": 2**31},  # positions are counted in 32 bits
+        {"budget_tokens": 64 * 10**30},
+        {"decode_budget_tokens": 2**40},
+        {"sink_blocks": 2**40},
+        {"local_blocks": 10**30},
+        {"dense_below_tokens": 2**31},
     ],
 )
 def test_a_bad_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
@@ -44,6 +57,14 @@ def test_a_bad_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
         SparseAttention(**wrong)
     with pytest.raises(InvalidConfig, match=field):
         EngineConfig.of(model="m", attention=wrong)
+
+
+def test_settings_that_mean_the_same_are_written_alike() -> None:
+    """Blocks have names by how their settings are written; workers and routers must agree on them."""
+    one = SparseAttention(top_p=1, dense_layers=[2, 0, 2])  # type: ignore[arg-type]
+    other = SparseAttention(top_p=1.0, dense_layers=(0, 2))
+    assert msgspec.json.encode(one) == msgspec.json.encode(other)
+    assert msgspec.json.decode(msgspec.json.encode(one), type=SparseAttention) == one
 
 
 def test_every_form_of_the_same_settings_is_equal() -> None:
@@ -97,6 +118,9 @@ def test_dense_positions_are_those_told_and_those_that_fit() -> None:
     assert first(budget_tokens=1024, dense_below_tokens=1300) == 1536
     assert first(budget_tokens=704, dense_below_tokens=0) == 512
     assert first(budget_tokens=1024, dense_below_tokens=0, top_p=0.9) == 0
+    less = SparseAttention(budget_tokens=1024, decode_budget_tokens=576, dense_below_tokens=0)
+    assert (less.first_sparse_position(), less.first_sparse_position(is_generated=True)) == (1024, 512)
+    assert [starts_early(less, length) for length in (500, 512, 2000)] == [False, True, True]
 
 
 def test_uses_add_up() -> None:

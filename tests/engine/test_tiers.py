@@ -1,5 +1,6 @@
 """KV that outlives its pages: bounded tiers, files whole or missing, the same tokens."""
 
+import errno
 import os
 import threading
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvrelay import LLM, EngineConfig, SparseAttention
 from kvrelay.cache import file_tier
@@ -16,6 +18,7 @@ from kvrelay.cache.file_tier import DIGEST_BYTES, MAGIC, FileTier
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.tiers import Content, HostTier, Tiers
 from kvrelay.errors import InvalidConfig
+from kvrelay.worker import loading
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 NAMES = [bytes([index]) * 16 for index in range(12)]
@@ -96,6 +99,7 @@ def test_the_file_tier_stays_within_its_bytes(tmp_path: Path) -> None:
     assert [tier.get(name) is not None for name in NAMES[:6]] == [False] * 3 + [True] * 3
     assert tier.put(NAMES[6], content(6, 10_000)) == [(NAMES[6], content(6, 10_000))]
     assert tier.get(NAMES[6]) is None
+    tier.close()
     smaller = FileTier(tmp_path, limit // 3)
     assert smaller.num_bytes == limit // 3, "a smaller limit shrinks what is there"
     assert smaller.wait(5.0)
@@ -207,6 +211,61 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidConfig, match="kv_file_directory"):
         FileTier(tmp_path / "file" / "kv", 1000)
+
+
+def test_a_directory_in_use_is_refused_until_it_is_not(tmp_path: Path) -> None:
+    """Two would each keep to the limit, and both together to twice as much."""
+    first = FileTier(tmp_path, 1000)
+    with pytest.raises(InvalidConfig, match=r"kv_file_directory=.*: another engine uses it"):
+        FileTier(tmp_path, 1000)
+    first.close()
+    FileTier(tmp_path, 1000).close()
+
+
+def test_a_full_disk_leaves_no_half_file_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_full_disk(suffix: str, dir: Path) -> tuple[int, str]:
+        partial = dir / f"x{suffix}"
+        partial.write_bytes(b"")
+        return os.open("/dev/full", os.O_WRONLY), str(partial)
+
+    tier = FileTier(tmp_path, 10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(file_tier.tempfile, "mkstemp", on_full_disk)
+        tier.put(NAMES[0], content(0))
+        assert tier.wait(5.0)
+    assert not list(tmp_path.iterdir())
+    assert (tier.get(NAMES[0]), tier.num_bytes) == (None, 0)
+    tier.put(NAMES[0], content(0))
+    assert tier.wait(5.0)
+    assert tier.get(NAMES[0]) == content(0), "there is room again"
+    tier.close()
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    tier = FileTier(tmp_path, 10_000)
+    tier.put(NAMES[0], content(0))
+    assert tier.wait(5.0)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"x" * path.stat().st_size)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert tier.get(NAMES[0]) is None
+    assert NAMES[0] not in tier
+    tier.close()
+
+
+def test_what_is_no_file_is_no_block(tmp_path: Path) -> None:
+    (tmp_path / f"{NAMES[0].hex()}.kvblock").mkdir()
+    tier = FileTier(tmp_path, 10_000)
+    assert tier.num_bytes == 0
+    assert tier.get(NAMES[0]) is None
+    tier.close()
 
 
 def test_what_host_memory_drops_goes_to_files_and_a_run_ends_where_one_is_missing(tmp_path: Path) -> None:
@@ -361,6 +420,29 @@ def test_what_a_worker_held_is_found_by_the_next_one(tiny_directory: Path, tmp_p
         (again,) = llm.generate([text], greedy(20))
     assert again.token_ids == first.token_ids
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 384)
+
+
+def test_what_was_computed_under_another_crossover_is_not_found(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` stands for a number that another day's measurement may change, and KV with it."""
+    auto = SparseAttention(budget_tokens=256, local_blocks=1)
+    sizes: dict[str, Any] = {
+        "kv_file_bytes": 100 * (BLOCK_BYTES + HEADER),
+        "kv_file_directory": str(tmp_path),
+    }
+    found = []
+    for dense_below, own in ((768, sizes), (0, sizes), (0, {}), (0, sizes)):
+        monkeypatch.setattr(
+            loading, "measured", lambda *_, n=dense_below: replace(auto, dense_below_tokens=n)
+        )
+        with tiny_llm(tiny_directory, mode="colocated", attention=auto, **own) as llm:
+            found += llm.generate(prompts(800), greedy(1, logprobs=0))
+    first, second, plain, last = (output.logprobs[0].logprob for output in found)
+    assert second == pytest.approx(plain, abs=1e-4)
+    assert last == pytest.approx(plain, abs=1e-4)
+    assert abs(first - second) > 1e-3, "it was meant to matter"
+    assert [output.num_cached_tokens for output in found] == [0, 0, 0, 768]
 
 
 @pytest.mark.parametrize(

@@ -819,11 +819,20 @@ def test_a_sequence_that_ends_first_leaves_its_blocks_to_the_writer(early: Bench
 def test_signs_of_life_go_both_ways_while_the_rest_comes(early: Bench) -> None:
     ticket = started(early)
     for _ in range(9):
+        early.prefill.renew(early.clock.now_s)
         early.decode.expire(early.clock.now_s)
         early.decode.on_notice(Filling(ticket_id=ticket.ticket_id))
         early.clock.now_s += LEASE_S / 8
     assert [message.tiles for message in early.said(Wanted)] == [{}] * 5
     assert not early.said(AttemptFailed)
+
+
+def test_one_long_prefill_step_does_not_silence_what_decodes_beside_it(early: Bench) -> None:
+    ticket, request = started(early), spec("b", 64)
+    early.prefill.start(Prefill(request=request, ticket=early.reserve(request)))
+    early.runner.layer_s = LEASE_S / 2  # a lease and a half for the step
+    early.prefill.step()
+    assert [message.ticket_id for message in early.said(Wanted)] == [ticket.ticket_id] * LAYOUT.num_layers
 
 
 def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(early: Bench) -> None:

@@ -31,7 +31,9 @@ def ask(url: str, length: int = LENGTH, **body: Any) -> httpx.Response:
 
 def share(measured: dict[str, Any], phase: str) -> float:
     use = measured["attention"][phase]
-    return float(use["attended_pairs"] / use["causal_pairs"])
+    assert use["share_of_pairs"] == use["attended_pairs"] / use["causal_pairs"]
+    assert use["attended_tokens_per_query"] == use["attended_pairs"] / use["num_queries"]
+    return float(use["share_of_pairs"])
 
 
 def test_a_request_brings_its_own_attention(sparse: Served) -> None:
@@ -42,6 +44,8 @@ def test_a_request_brings_its_own_attention(sparse: Served) -> None:
     )
     for phase in ("prefill", "decode"):
         assert 0.0 < share(little, phase) < share(own, phase) < share(dense, phase) == 1.0
+    told = [answer["sparse"] and answer["sparse"]["budget_tokens"] for answer in (little, own, dense)]
+    assert told == [128, 512, None]
 
 
 def salted(*bodies: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -63,6 +67,13 @@ def test_the_answer_tells_how_its_kv_came(sparse: Served) -> None:
         ({"dense_layers": [9]}, "dense_layers"),
         ({"nothing": 1}, "nothing"),
         ({"top_p": "much"}, "top_p"),
+        ({"top_p": True}, "top_p"),
+        ({"budget_tokens": 2**40, "top_p": 0.5}, f"budget_tokens={2**40}: expected a multiple of 64"),
+        ({"budget_tokens": 64 * 10**30}, "budget_tokens"),
+        ({"sink_blocks": 2**30}, f"sink_blocks={2**30}"),
+        ({"dense_layers": [0] * 100_000 + [4]}, "dense_layers=4: the model has layers 0 to 3"),
+        ({"dense_layers": [[0]]}, "dense_layers"),
+        ([], "attention"),
         ("best", "attention='best': expected dense, sparse, auto"),
         (3, "attention"),
     ],
@@ -73,6 +84,15 @@ def test_settings_that_are_wrong_are_refused_by_name(sparse: Served, attention: 
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert reason in error["message"]
+
+
+def test_the_largest_settings_cost_what_there_is_to_read(sparse: Served) -> None:
+    """Lists as long as these budgets would take gigabytes."""
+    largest = {"budget_tokens": 2**31 - 64, "sink_blocks": 2**24, "top_p": 0.5, "dense_below_tokens": 0}
+    for attention in (largest, {**largest, "exact": True}, {**LITTLE, "decode_budget_tokens": 2**31 - 64}):
+        answer = ask(sparse.url, attention=attention)
+        assert answer.status_code == 200, answer.text
+    assert all(worker.is_alive for worker in sparse.engine.report().workers)
 
 
 def test_a_dense_server_refuses_sparse_requests_and_says_why(served: Served) -> None:

@@ -37,14 +37,18 @@ def dense_backend(like: torch.Tensor) -> str:
     return "cpu-native" if chosen_implementation("paged_prefill", like) == "cpu-native" else "sdpa"
 
 
-def selection_config(sparse: SparseAttention, *, one_by_one: bool) -> SelectionConfig:
-    """The kernel library's settings: counts in blocks."""
-    budget = sparse.decode_budget_tokens if one_by_one else None
+def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: bool) -> SelectionConfig:
+    """The kernel library's settings: counts in blocks, for a pool of `num_pages`.
+
+    Lists take memory for the whole budget: one beyond the pool is cut, which changes no list.
+    """
+    sinks, recent = min(sparse.sink_blocks, num_pages), min(sparse.local_blocks, num_pages)
+    budget = sparse.budget(is_generated=one_by_one) // BLOCK_SIZE
     config = SelectionConfig(
-        budget=(budget or sparse.budget_tokens) // BLOCK_SIZE,
+        budget=min(budget, max(num_pages, sinks + recent)),
         selector=sparse.selector,
-        sink_blocks=sparse.sink_blocks,
-        local_blocks=sparse.local_blocks,
+        sink_blocks=sinks,
+        local_blocks=recent,
         top_p=sparse.top_p,
     )
     every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
@@ -133,7 +137,7 @@ class Call:
 
     def _attend_lists(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
         assert self._sparse is not None
-        config = selection_config(self._sparse, one_by_one=self._one_by_one)
+        config = selection_config(self._sparse, len(kv.k_pages), one_by_one=self._one_by_one)
         bounds = None if self._one_by_one else self._bounds
         chosen = select_blocks(q, kv, config, cu_seqlens_q=bounds, stats=stats)
         self._count(chosen)

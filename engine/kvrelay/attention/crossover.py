@@ -6,7 +6,8 @@ Knows shapes and times. The file is shared by every worker, so that all of them 
 import fcntl
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -18,51 +19,66 @@ from kvrelay.attention.spans import Span, runs_of
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
+from kvrelay.errors import InvalidConfig
 from kvrelay.sparse import BLOCK_TOKENS, GROUP_TOKENS, SparseAttention
 from kvrelay.types import KVLayout
-from kvrelay_kernels import chosen_implementation, measure_crossover
+from kvrelay_kernels import measure_crossover
 from kvrelay_kernels.cpu import cpu_backend
 
 FILE = "crossover.json"
 MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
+MAX_BUDGET = 2 * MAX_TOKENS  # measured at twice the budget where none of those lengths leaves keys out
 NEVER = 2**31 - 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where it is measured: a worker's device, its model's shape, and what its engine's workers are.
+
+    `workers` says how they compute, in JSON's types and the same words in each of them: the first to measure
+    measures for all.
+    """
+
+    layout: KVLayout
+    num_q_heads: int
+    device: torch.device
+    workers: Sequence[object] = ()
+
+
 def measured(
-    sparse: SparseAttention | None, num_q_heads: int, store: KVStore, home: Path | None = None
+    sparse: SparseAttention | None, place: Place, home: Path | None = None
 ) -> SparseAttention | None:
     """The settings with `dense_below_tokens` as a number.
 
     What is timed is one group of prompt rows at the end of a longer and longer sequence: all of it dense,
     against selecting and reading the budget. Takes seconds, once per machine, model shape and settings.
+    Raises `InvalidConfig` for a budget too large to be measured, and where the file cannot be written.
     """
     if sparse is None or sparse.dense_below_tokens != "auto":
         return sparse
+    if sparse.budget_tokens > MAX_BUDGET:
+        raise InvalidConfig(
+            f"dense_below_tokens='auto': measured for budget_tokens up to {MAX_BUDGET}; expected a number "
+            f"with budget_tokens={sparse.budget_tokens}"
+        )
     path = (cache_home() if home is None else home) / FILE
     always = msgspec.structs.replace(sparse, dense_below_tokens=0)
-    key = _key(always, num_q_heads, store)
-    tokens = _remembered(path, key, lambda: _measure(always, num_q_heads, store))
+    tokens = _remembered(path, _key(always, place), lambda: _measure(always, place))
     return msgspec.structs.replace(sparse, dense_below_tokens=tokens)
 
 
-def _measure(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> int:
+def _measure(sparse: SparseAttention, place: Place) -> int:
     budget = sparse.budget_tokens
     lengths = [int(budget * factor) // GROUP_TOKENS * GROUP_TOKENS for factor in (1.5, 2, 3, 4, 6, 8, 16)]
     lengths = [length for length in lengths if length <= MAX_TOKENS] or [2 * budget]
     blocks = max(lengths) // BLOCK_TOKENS
-    layout = store.layout
-    layer = KVLayout(
-        model="",
-        dtype=layout.dtype,
-        num_layers=1,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-    )
+    layer = msgspec.structs.replace(place.layout, num_layers=1)
     buffer = memoryview(bytearray(memory_bytes(layer, blocks, keeps_stats=True)))
-    scratch = KVStore(layer, blocks, buffer, store.device, keeps_stats=True)
+    scratch = KVStore(layer, blocks, buffer, place.device, keeps_stats=True)
     scratch.pages.normal_()
     scratch.refresh_stats(range(blocks), max(lengths))
-    q = torch.randn(GROUP_TOKENS, num_q_heads, layout.head_dim, device=store.device).to(store.pages.dtype)
+    shape = (GROUP_TOKENS, place.num_q_heads, layer.head_dim)
+    q = torch.randn(shape, device=place.device).to(scratch.pages.dtype)
 
     def run(length: int, chosen: SparseAttention | None) -> None:
         span = Span(length - GROUP_TOKENS, GROUP_TOKENS, range(blocks), chosen, length)
@@ -73,14 +89,14 @@ def _measure(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> int:
     return NEVER if found is None else found
 
 
-def _key(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> str:
-    """Everything the answer depends on."""
-    layout, device = store.layout, store.device
-    board = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+def _key(sparse: SparseAttention, place: Place) -> str:
+    """Everything the answer depends on; the same in all workers of an engine."""
+    layout = place.layout
+    board = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     parts = {
-        "host": [platform.node(), board, cpu_backend(), torch.get_num_threads()],
-        "kernels": [chosen_implementation("block_sparse_prefill", store.pages), torch.__version__],
-        "shape": [num_q_heads, layout.num_kv_heads, layout.head_dim, layout.dtype],
+        "host": [platform.node(), board, cpu_backend(), torch.__version__],
+        "workers": list(place.workers),
+        "shape": [place.num_q_heads, layout.num_kv_heads, layout.head_dim, layout.dtype],
         "settings": msgspec.to_builtins(sparse),
     }
     return json.dumps(parts, sort_keys=True)
@@ -88,8 +104,14 @@ def _key(sparse: SparseAttention, num_q_heads: int, store: KVStore) -> str:
 
 def _remembered(path: Path, key: str, measure: Callable[[], int]) -> int:
     """The file's answer, or a new one written to it; whoever comes second waits for the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    except OSError as error:
+        raise InvalidConfig(
+            f"dense_below_tokens='auto': {path} cannot be written ({error.strerror}); expected a number"
+        ) from error
+    with opened as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         known = _read(file)
         if key not in known:

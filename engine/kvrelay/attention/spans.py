@@ -65,11 +65,11 @@ def _cut(span: Span) -> Iterable[tuple[int, int, bool, SparseAttention | None]]:
     if span.sparse is None:
         yield span.start, span.end, span.length == 1, None
         return
-    first_sparse = min(max(span.sparse.first_sparse_position(), span.start), span.end)
-    prompt_end = min(max(span.prompt_end, first_sparse), span.end)
-    if span.start < first_sparse:
-        yield span.start, first_sparse, first_sparse - span.start == 1, None
-    if first_sparse < prompt_end:
-        yield first_sparse, prompt_end, False, span.sparse
-    if prompt_end < span.end:
-        yield prompt_end, span.end, True, span.sparse
+    prompt_end = min(max(span.prompt_end, span.start), span.end)
+    for start, end, is_generated in ((span.start, prompt_end, False), (prompt_end, span.end, True)):
+        first_sparse = span.sparse.first_sparse_position(is_generated=is_generated)
+        first_sparse = min(max(first_sparse, start), end)
+        if start < first_sparse:
+            yield start, first_sparse, first_sparse - start == 1, None
+        if first_sparse < end:
+            yield first_sparse, end, is_generated, span.sparse

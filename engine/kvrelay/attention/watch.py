@@ -48,7 +48,8 @@ class Watch:
         """Keys of all blocks that are ranked by them, values of those that are selected."""
         pages, stats = self._store.layer(layer), self._store.stats(layer)
         kv = PagedKV(k_pages=pages[0], v_pages=pages[1], block_table=self._table, seq_lens=self._lengths)
-        config, heads = selection_config(self._sparse, one_by_one=True), self._store.layout.num_kv_heads
+        config = selection_config(self._sparse, len(pages[0]), one_by_one=True)
+        heads = self._store.layout.num_kv_heads
         found: set[int] = set()
         for members in list_members(q, heads, self._sparse):
             chosen = ranked = select_blocks(q[:, members], kv, config, stats=stats)

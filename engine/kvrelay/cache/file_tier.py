@@ -3,12 +3,14 @@
 Knows names of contents and bytes. Knows nothing of pages, tokens or requests.
 """
 
+import fcntl
 import hashlib
 import os
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from kvrelay.cache.tiers import Content
@@ -21,19 +23,21 @@ MAX_UNWRITTEN_BYTES = 256 << 20  # blocks that come faster than the disk takes t
 
 
 class FileTier:
-    """One file per block in a directory that this tier alone uses; see `kvrelay.cache.tiers.Tier`.
+    """One file per block in a directory that this tier alone may use; see `kvrelay.cache.tiers.Tier`.
 
     A file is a magic line, a SHA-256 digest of name and bytes, and the bytes. It is written beside and
     renamed into place; one that fails its digest is deleted and missing. Writing and deleting is the work of
     a thread; until a block is in its file it is found in memory. Reading is the caller's.
 
-    Raises `InvalidConfig` when the directory cannot be made or read.
+    Raises `InvalidConfig` when the directory cannot be made or read, or is in use: two could not keep to one
+    limit.
     """
 
     name = "file"
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory, self._max_bytes = directory, max_bytes
+        self._lock = _locked(directory)
         self._sizes = _found(directory)
         self._unwritten: dict[bytes, Content] = {}
         self._unwritten_bytes = 0
@@ -77,7 +81,10 @@ class FileTier:
         if data is None:
             with self._changed:
                 self._sizes.pop(name, None)
-                self._path(name).unlink(missing_ok=True)
+            with suppress(
+                OSError
+            ):  # a directory that cannot be written any more, say: it is missing all the same
+                self._path(name).unlink()
         return data
 
     def __contains__(self, name: bytes) -> bool:
@@ -99,6 +106,7 @@ class FileTier:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        os.close(self._lock)
 
     def _shrink(self) -> list[tuple[bytes, Content]]:
         """Give up the longest unused; called with the lock held."""
@@ -140,14 +148,29 @@ class FileTier:
         return self._directory / f"{name.hex()}{SUFFIX}"
 
 
-def _found(directory: Path) -> dict[bytes, int]:
-    """The blocks left by an earlier process and their files' sizes, the longest unused first."""
+def _locked(directory: Path) -> int:
+    """The directory, made, open and locked until it is closed or the process ends."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(opened)
+        why = "another engine uses it" if isinstance(error, BlockingIOError) else error
+        raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {why}") from error
+    return opened
+
+
+def _found(directory: Path) -> dict[bytes, int]:
+    """The blocks left by an earlier process and their files' sizes, the first written first."""
+    try:
         found = sorted((path.stat().st_mtime_ns, path) for path in directory.glob(f"*{SUFFIX}"))
         for left_over in directory.glob("*.partial"):
             left_over.unlink()
-        return {bytes.fromhex(p.stem): p.stat().st_size for _, p in found if _is_hex(p.stem)}
+        return {bytes.fromhex(p.stem): p.stat().st_size for _, p in found if _is_hex(p.stem) and p.is_file()}
     except OSError as error:
         raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
 

@@ -5,13 +5,16 @@ Pure: keeps books, decides nothing and sends nothing.
 
 from collections.abc import Sequence
 
+import msgspec
+
 from kvrelay.cache.prefix import Prefixes
 from kvrelay.errors import KVRelayError, NoWorker, PoolTooSmall, WorkerFailed
 from kvrelay.metrics import WorkerTotals
 from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.request import RoutedRequest
 from kvrelay.router.settings import RouterSettings
-from kvrelay.types import Phase, WorkerId, num_blocks
+from kvrelay.sparse import SparseAttention, settings_of, sparse_settings
+from kvrelay.types import KVLayout, Phase, SamplingParams, WorkerId, num_blocks
 from kvrelay.wire import Hello, StepReport
 
 PAIR: tuple[Phase, Phase] = ("prefill", "decode")
@@ -39,6 +42,11 @@ class Fleet:
             max_num_seqs=max_num_seqs,
             chunk_tokens=chunk_tokens or 0,
         )
+
+    @property
+    def _layout(self) -> KVLayout:
+        """That of all workers: others do not pair."""
+        return next(iter(self.workers.values())).hello.descriptor.layout
 
     def alive(self, phase: Phase) -> list[Load]:
         """Living workers of a phase's role."""
@@ -71,12 +79,18 @@ class Fleet:
                 return request.last_error or error
         return None
 
+    def sparse_of(self, params: SamplingParams) -> SparseAttention | None:
+        """The settings of a request with these parameters, `"auto"` as a number; None is dense."""
+        sparse, measured = sparse_settings(self._settings.attention), self._layout.dense_below_tokens
+        if sparse is not None and measured is not None:
+            sparse = msgspec.structs.replace(sparse, dense_below_tokens=measured)
+        return settings_of(params.attention, sparse)
+
     def job(self, request: RoutedRequest) -> Job:
         """The request as policies see it."""
         hashes: Sequence[bytes] = ()
         if any(load.cached for load in self.loads.values()):
-            layout = next(iter(self.workers.values())).hello.descriptor.layout
-            prefixes = Prefixes(layout.fingerprint(), self._settings.attention)
+            prefixes = Prefixes(self._layout.fingerprint(), self._settings.attention)
             hashes = prefixes.names(request.params, request.token_ids, request.num_prompt_tokens)
         return Job(
             num_tokens=request.num_prefill_tokens,

@@ -7,7 +7,8 @@ from msgspec import UNSET, UnsetType
 
 from kvrelay.energy import RequestEnergy
 from kvrelay.metrics import Timings, WorkerReport
-from kvrelay.sparse import AttentionUse
+from kvrelay.outputs import RequestOutput
+from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.types import HandOff, Role
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -36,14 +37,41 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int
 
 
+class AttentionRead(msgspec.Struct, frozen=True, kw_only=True):
+    """`AttentionUse` with what follows from it: keys a query read on average, and the share of all pairs."""
+
+    num_queries: int
+    attended_pairs: int
+    causal_pairs: int
+    attended_tokens_per_query: float
+    share_of_pairs: float
+
+    @classmethod
+    def of(cls, use: AttentionUse) -> "AttentionRead":
+        """What is told of it."""
+        return cls(**{name: getattr(use, name) for name in cls.__struct_fields__})
+
+
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One request's ledger (seconds), joules (None where nobody measured), what sparse attention read, and
-    how its KV came to decode."""
+    """One request's ledger (seconds), joules (None where nobody measured), what its attention read by phase
+    (nothing where the engine is dense), by which settings (None: dense), and how its KV came to decode."""
 
     timings: Timings
     energy: RequestEnergy
-    attention: dict[str, AttentionUse]
+    attention: dict[str, AttentionRead]
+    sparse: SparseAttention | None
     hand_off: HandOff
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> "Measured":
+        """From a finished request."""
+        return cls(
+            timings=output.timings,
+            energy=output.energy,
+            attention={phase: AttentionRead.of(use) for phase, use in output.attention.items()},
+            sparse=output.sparse,
+            hand_off=output.hand_off,
+        )
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

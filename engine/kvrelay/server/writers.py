@@ -72,10 +72,7 @@ def measured(plan: Plan, outputs: Sequence[RequestOutput | None]) -> Measured | 
     ended = [output for output in outputs if output is not None]
     if not plan.with_measured or not ended:
         return UNSET
-    each = [
-        Measured(timings=o.timings, energy=o.energy, attention=o.attention, hand_off=o.hand_off)
-        for o in ended
-    ]
+    each = [Measured.of(output) for output in ended]
     return each[0] if len(each) == 1 else each
 
 

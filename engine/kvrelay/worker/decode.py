@@ -88,9 +88,12 @@ class DecodeSide:
         self.tickets.writer_gone(message.ticket_id)
         self._forget(message.ticket_id)
 
-    def expire(self, now_s: float) -> None:
-        """Give up tickets whose writer fell silent, and tell the others that their KV is still wanted."""
+    def renew(self, now_s: float) -> None:
+        """Tell the writers of sequences that already run that the rest of their KV is still wanted."""
         self._early.renew(now_s)
+
+    def expire(self, now_s: float) -> None:
+        """Give up tickets whose writer fell silent."""
         for ticket in self.tickets.expire(now_s):
             reason = f"KV of {ticket.request_id}: the writer was silent for {ticket.lease_s:g} s"
             self._give_up(ticket, LeaseExpired(reason))

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 
-from kvrelay.attention.crossover import measured
+from kvrelay.attention.crossover import Place, measured
 from kvrelay.cache.memory import DTYPES, memory_bytes
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.store import KVStore
@@ -60,12 +61,15 @@ def load_parts(
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
     )
+    sparse = measured(config.engine.sparse(), place_of(config, layout, spec, device))
+    if sparse is not None:
+        assert sparse.dense_below_tokens != "auto"
+        layout = msgspec.structs.replace(layout, dense_below_tokens=sparse.dense_below_tokens)
     count = size_pool(config.engine, layout, spec, device, config.num_workers)
     has_steps = has_decode_steps(config.engine, decoder)
     site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
     transport = open_transport(config.engine.transport, site)
     try:
-        sparse = config.engine.sparse()
         buffer = transport.allocate(memory_bytes(layout, count, keeps_stats=sparse is not None))
         store = KVStore(
             layout, count, buffer, device, keeps_stats=sparse is not None, has_spare_page=has_steps
@@ -81,14 +85,20 @@ def load_parts(
         config=config,
         pool=pool,
         store=store,
-        runner=Runner(
-            decoder, store, frozenset(spec.eos_token_ids), measured(sparse, spec.num_q_heads, store), steps
-        ),
+        runner=Runner(decoder, store, frozenset(spec.eos_token_ids), sparse, steps),
         transport=transport,
         send=send,
         counters=counters,
     )
     return parts, descriptor
+
+
+def place_of(config: WorkerConfig, layout: KVLayout, spec: ModelSpec, device: torch.device) -> Place:
+    """Where this worker measures, for all of its engine: what differs between them is not among it."""
+    listed = config.engine.workers
+    alike = (config.engine.device, config.num_threads)
+    workers = [alike] if listed is None else [(own.role, own.device, own.threads) for own in listed]
+    return Place(layout=layout, num_q_heads=spec.num_q_heads, device=device, workers=workers)
 
 
 def has_decode_steps(engine: EngineConfig, decoder: Decoder | NativeDecoder) -> bool:
@@ -156,8 +166,10 @@ def size_pool(
     asked, field = _asked_blocks(engine)
     if asked is not None:
         needed, there_is = asked * block_bytes, psutil.virtual_memory().total
-        if needed > there_is:
-            raise InvalidConfig(f"{field} needs {needed} bytes; there are {there_is}")
+        num_alike = num_workers if engine.workers is None else 1
+        if needed * num_alike > there_is:
+            each = f" in each of {num_alike} workers" if num_alike > 1 else ""
+            raise InvalidConfig(f"{field} needs {needed} bytes{each}; there are {there_is}")
         return asked
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
     available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers

@@ -138,8 +138,10 @@ class PrefillSide:
     def renew(self, now_s: float) -> None:
         """Keep the leases of all tickets held here alive, four times per lease.
 
-        Those of the decode side beside it at every call: it cannot hear of them while this side works.
+        Those of the decode side beside it at every call: it cannot hear of them while this side works, nor
+        tell its own writers that it still wants what they hold.
         """
+        self._decode.renew(now_s)
         for job in self._scheduler:
             if job.is_local:
                 self._decode.on_notice(Filling(ticket_id=job.ticket.ticket_id))
