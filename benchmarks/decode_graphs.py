@@ -32,8 +32,9 @@ from kvrelay.models.rope import Rope
 from kvrelay.models.spec import ModelSpec
 from kvrelay.runner import Runner
 from kvrelay.sampler import Row, choose, sample
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import PENDING, DecodeSequence
-from kvrelay.types import KVLayout, RequestId, RequestSpec, SamplingParams, num_blocks
+from kvrelay.types import KVLayout, RequestId, RequestSpec, num_blocks
 
 # vocabulary, hidden, intermediate, layers, query heads, KV heads
 SHAPES = {

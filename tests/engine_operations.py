@@ -6,12 +6,14 @@ No tensors: what is timed here is what Python costs between two forwards.
 from collections.abc import Callable
 
 from kvrelay.cache.pool import BlockPool
+from kvrelay.codec import decode, encode
 from kvrelay.router.core import Router
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
-from kvrelay.types import RequestId, RequestSpec, Role, SamplingParams, WorkerId, num_blocks
-from kvrelay.wire import NewToken, StepReport, decode, encode
+from kvrelay.types import RequestId, RequestSpec, Role, WorkerId, num_blocks
+from kvrelay.wire import NewToken, StepReport
 from tiny_engine import hello
 
 PROMPT_TOKENS = 256

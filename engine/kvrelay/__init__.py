@@ -9,8 +9,8 @@ from kvrelay.energy import RequestEnergy
 from kvrelay.llm import LLM, AsyncLLM, RequestsFailed
 from kvrelay.metrics import Report, Timings
 from kvrelay.outputs import RequestOutput, StreamEvent
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import SparseAttention
-from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
 __all__ = [

@@ -24,9 +24,9 @@ from kvrelay.llm import LLM
 from kvrelay.models import hub
 from kvrelay.models.progress import progress_bar
 from kvrelay.outputs import RequestOutput
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.serve_command import serve
 from kvrelay.settings import parse_pair
-from kvrelay.types import SamplingParams
 from kvrelay.version import __version__
 
 DEFAULT_MODEL = "smollm2-135m-instruct"

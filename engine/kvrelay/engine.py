@@ -27,9 +27,10 @@ from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import sparse_settings
 from kvrelay.transport import is_in_process, parse_transport
-from kvrelay.types import FinishReason, RequestId, Role, SamplingParams, WorkerId
+from kvrelay.types import FinishReason, RequestId, Role, WorkerId
 
 Prompt = str | Sequence[int]
 logger = logging.getLogger("kvrelay")

@@ -13,7 +13,8 @@ from kvrelay.engine import Engine, Prompt
 from kvrelay.errors import InvalidRequest, KVRelayError
 from kvrelay.metrics import Report
 from kvrelay.outputs import RequestOutput, StreamEvent
-from kvrelay.types import RequestId, SamplingParams
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import RequestId
 
 Message = dict[str, str]
 

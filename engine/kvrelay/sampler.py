@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvrelay.types import SamplingParams, TokenLogprobs
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import TokenLogprobs
 
 _MASK = (1 << 64) - 1
 TINY = 1e-300  # stands for a temperature of 0 where what comes of it is not used

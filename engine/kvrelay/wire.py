@@ -1,14 +1,7 @@
-"""The control plane's closed union of messages, and its only codec.
-
-Knows names and shapes of messages, not who sends them when. Unknown input raises `ProtocolError`; nothing
-from the network is ever unpickled.
-"""
-
-from typing import Any
+"""The control plane's messages: their names and shapes, not who sends them when (bytes: `codec`)."""
 
 import msgspec
 
-from kvrelay.errors import ProtocolError
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     FinishReason,
@@ -25,7 +18,6 @@ from kvrelay.types import (
     WorkerId,
 )
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_CACHE_CHANGES = 4096
 
 
@@ -73,6 +65,9 @@ class Arrived(Message, frozen=True, kw_only=True):
     tiles: dict[int, tuple[int, ...]]
     num_bytes: int
     digests: dict[int, str] = {}
+
+
+Notification = Filling | Filled | Arrived  # the transport brings these, from worker to worker
 
 
 class Wanted(Message, frozen=True, kw_only=True):
@@ -273,48 +268,3 @@ class Stopped(Message, frozen=True, kw_only=True):
 
     worker_id: WorkerId
     num_leaked_blocks: int
-
-
-_ROUTER_TO_WORKER = Connect | Reserve | Prefill | Abort | Wanted | WriterGone | Shutdown
-_WORKER_TO_ROUTER = (
-    Hello
-    | StartFailed
-    | Connected
-    | Reserved
-    | Mark
-    | PromptScored
-    | StepReport
-    | Preempted
-    | AttemptFailed
-    | Wanted
-    | WriterGone
-    | Heartbeat
-    | CacheChanged
-    | Stopped
-)
-_NOTIFICATION = Filling | Arrived | Filled
-
-_encoder = msgspec.msgpack.Encoder()
-_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
-    "router_to_worker": msgspec.msgpack.Decoder(_ROUTER_TO_WORKER),
-    "worker_to_router": msgspec.msgpack.Decoder(_WORKER_TO_ROUTER),
-    "notification": msgspec.msgpack.Decoder(_NOTIFICATION),
-}
-
-
-def encode(message: Message) -> bytes:
-    """Message to msgpack bytes."""
-    return _encoder.encode(message)
-
-
-def decode(data: bytes, direction: str) -> Any:
-    """Bytes to a message of one direction's union: `router_to_worker`, `worker_to_router`, `notification`.
-
-    Raises `ProtocolError` on anything else, over-long input included.
-    """
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES}")
-    try:
-        return _decoders[direction].decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"{direction}: {error}") from error

@@ -14,7 +14,8 @@ from kvrelay.experiments.simulation import Arrival, Outcome, Simulation
 from kvrelay.outputs import StreamEvent
 from kvrelay.router.admission import MAX_RETRY_S, WaitingQueue
 from kvrelay.router.request import RoutedRequest
-from kvrelay.types import RequestId, SamplingParams
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import RequestId
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 POOL = [

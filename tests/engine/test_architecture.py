@@ -11,12 +11,13 @@ ENGINE = Path(__file__).resolve().parents[2] / "engine" / "kvrelay"
 LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its own row and those above it
     ("version", "errors", "wakeup"),
     ("sparse",),
+    ("sampling_params",),
     ("types",),
     ("field_checks",),
     ("worker_settings",),
     ("config",),
     ("server_config",),
-    ("wire", "energy", "cache", "models"),
+    ("wire", "codec", "energy", "cache", "models"),
     ("metrics",),
     ("cache.memory",),
     ("cache.store", "transport", "attention", "sampler"),
@@ -34,7 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("__init__", "__main__"),
 )
 TORCH_FREE = [
-    *("types", "errors", "sparse", "config", "version", "wakeup", "wire", "metrics", "energy", "cache.pool"),
+    *("types", "sampling_params", "errors", "sparse", "config", "version", "wakeup", "wire", "codec"),
+    *("metrics", "energy", "cache.pool"),
     *(
         "cache.arrivals",
         "cache.tickets",

@@ -9,19 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.cache.arrivals import Arrivals
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.prefill import PrefillJob
 from kvrelay.sparse import SparseAttention
 from kvrelay.transport.base import Write, WriteDone
-from kvrelay.types import (
-    KVLayout,
-    RequestId,
-    RequestSpec,
-    SamplingParams,
-    TicketId,
-    TransferTicket,
-    WorkerId,
-    num_blocks,
-)
+from kvrelay.types import KVLayout, RequestId, RequestSpec, TicketId, TransferTicket, WorkerId, num_blocks
 from kvrelay.worker.relay import TILES_PER_WRITE, Relay
 
 LAYOUT = KVLayout(model="fake", dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4)

@@ -32,16 +32,8 @@ from kvrelay.router.core import MAX_FAILURES, Router
 from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.policies import POLICIES, Auto, open_policy
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.types import (
-    RequestId,
-    RequestSpec,
-    Role,
-    SamplingParams,
-    TicketId,
-    TransferTicket,
-    WorkerId,
-    num_blocks,
-)
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import RequestId, RequestSpec, Role, TicketId, TransferTicket, WorkerId, num_blocks
 from kvrelay.wire import (
     Abort,
     AttemptFailed,

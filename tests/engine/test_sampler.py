@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.sampler import Row, sample, score, uniform
-from kvrelay.types import SamplingParams
+from kvrelay.sampling_params import SamplingParams
 
 VOCAB = 12
 NUM_DRAWS = 3000

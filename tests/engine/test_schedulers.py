@@ -8,18 +8,10 @@ from hypothesis import strategies as st
 
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import Prefixes
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import Admission, DecodeScheduler, DecodeSequence
 from kvrelay.scheduler.prefill import Chunk, PrefillJob, PrefillScheduler
-from kvrelay.types import (
-    BLOCK_SIZE,
-    RequestId,
-    RequestSpec,
-    SamplingParams,
-    TicketId,
-    TransferTicket,
-    WorkerId,
-    num_blocks,
-)
+from kvrelay.types import BLOCK_SIZE, RequestId, RequestSpec, TicketId, TransferTicket, WorkerId, num_blocks
 
 PREFIXES = Prefixes("layout")
 

@@ -10,15 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import block_hashes
 from kvrelay.cache.tickets import TicketBook
-from kvrelay.types import (
-    RequestId,
-    RequestSpec,
-    SamplingParams,
-    TicketId,
-    TransferTicket,
-    WorkerId,
-    num_blocks,
-)
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import RequestId, RequestSpec, TicketId, TransferTicket, WorkerId, num_blocks
 
 LEASE_S = 10.0
 POOL_BLOCKS = 8

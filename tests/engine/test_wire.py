@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrelay import wire
+from kvrelay import codec, wire
 from kvrelay.errors import InvalidRequest, ProtocolError
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.types import (
     HandOff,
     KVLayout,
     RequestId,
     RequestSpec,
-    SamplingParams,
     TicketId,
     TokenLogprobs,
     TransferTicket,
@@ -134,9 +134,9 @@ EXAMPLES: dict[str, list[wire.Message]] = {
 }
 MESSAGES = [(direction, message) for direction, all_of in EXAMPLES.items() for message in all_of]
 UNIONS = {
-    "router_to_worker": wire._ROUTER_TO_WORKER,
-    "worker_to_router": wire._WORKER_TO_ROUTER,
-    "notification": wire._NOTIFICATION,
+    "router_to_worker": codec._ROUTER_TO_WORKER,
+    "worker_to_router": codec._WORKER_TO_ROUTER,
+    "notification": wire.Notification,
 }
 
 
@@ -146,7 +146,7 @@ def name(value: object) -> str:
 
 def fields(message: wire.Message) -> dict[str, Any]:
     """The message as plain msgpack builtins, ready to be damaged."""
-    plain: dict[str, Any] = msgspec.msgpack.decode(wire.encode(message))
+    plain: dict[str, Any] = msgspec.msgpack.decode(codec.encode(message))
     return plain
 
 
@@ -157,7 +157,7 @@ def test_there_is_an_example_of_every_message(direction: str) -> None:
 
 @pytest.mark.parametrize(("direction", "message"), MESSAGES, ids=name)
 def test_round_trip(direction: str, message: wire.Message) -> None:
-    again = wire.decode(wire.encode(message), direction)
+    again = codec.decode(codec.encode(message), direction)
     assert again == message
     assert type(again) is type(message)
 
@@ -167,20 +167,20 @@ def test_a_message_is_refused_where_it_has_no_business(direction: str, message: 
     for other in DIRECTIONS:
         if type(message) not in get_args(UNIONS[other]):
             with pytest.raises(ProtocolError):
-                wire.decode(wire.encode(message), other)
+                codec.decode(codec.encode(message), other)
 
 
 @pytest.mark.parametrize(("direction", "message"), MESSAGES, ids=name)
 def test_unknown_and_missing_fields_are_refused(direction: str, message: wire.Message) -> None:
     good = fields(message)
     with pytest.raises(ProtocolError, match="surprise"):
-        wire.decode(msgspec.msgpack.encode(good | {"surprise": 1}), direction)
+        codec.decode(msgspec.msgpack.encode(good | {"surprise": 1}), direction)
     with pytest.raises(ProtocolError):
-        wire.decode(msgspec.msgpack.encode(good | {"type": "Surprise"}), direction)
+        codec.decode(msgspec.msgpack.encode(good | {"type": "Surprise"}), direction)
     for field in type(message).__struct_fields__[: len(good) - 1 - len(type(message).__struct_defaults__)]:
         damaged = {key: value for key, value in good.items() if key != field}
         with pytest.raises(ProtocolError, match=field):
-            wire.decode(msgspec.msgpack.encode(damaged), direction)
+            codec.decode(msgspec.msgpack.encode(damaged), direction)
 
 
 @pytest.mark.parametrize(
@@ -203,28 +203,28 @@ def test_unknown_fields_are_refused_inside_too(
         inner = inner[key]
     inner["surprise"] = 1
     with pytest.raises(ProtocolError, match="surprise"):
-        wire.decode(msgspec.msgpack.encode(damaged), direction)
+        codec.decode(msgspec.msgpack.encode(damaged), direction)
 
 
 def test_oversize_input_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = wire.encode(wire.Shutdown())
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", len(data))
-    assert wire.decode(data, "router_to_worker") == wire.Shutdown()
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", len(data) - 1)
+    data = codec.encode(wire.Shutdown())
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", len(data))
+    assert codec.decode(data, "router_to_worker") == wire.Shutdown()
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", len(data) - 1)
     with pytest.raises(ProtocolError, match=f"{len(data)} bytes; at most {len(data) - 1}"):
-        wire.decode(data, "router_to_worker")
+        codec.decode(data, "router_to_worker")
 
 
 def test_deep_nesting_is_a_typed_error() -> None:
     with pytest.raises(ProtocolError):
-        wire.decode(b"\x91" * 100_000 + b"\xc0", "router_to_worker")
+        codec.decode(b"\x91" * 100_000 + b"\xc0", "router_to_worker")
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60), st.sampled_from(DIRECTIONS))
 def test_garbage_is_a_typed_error(data: bytes, direction: str) -> None:
     with pytest.raises(ProtocolError):
-        wire.decode(data, direction)
+        codec.decode(data, direction)
 
 
 @settings(max_examples=300, deadline=None)
@@ -233,11 +233,11 @@ def test_damage_gives_a_message_of_the_union_or_a_typed_error(
     example: tuple[str, wire.Message], at: int, byte: int, cut: int
 ) -> None:
     direction, message = example
-    data = bytearray(wire.encode(message))
+    data = bytearray(codec.encode(message))
     data[at % len(data)] = byte
     for damaged in (bytes(data), bytes(data[: cut % len(data)])):
         try:
-            result = wire.decode(damaged, direction)
+            result = codec.decode(damaged, direction)
         except ProtocolError:
             continue
         assert isinstance(result, get_args(UNIONS[direction]))
@@ -333,7 +333,7 @@ def test_a_bad_parameter_is_refused_by_name_over_the_wire(field: str, value: Any
     except (OverflowError, UnicodeEncodeError):
         pytest.skip("msgpack cannot say this at all")
     with pytest.raises(ProtocolError, match=field):
-        wire.decode(data, "router_to_worker")
+        codec.decode(data, "router_to_worker")
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,12 @@ from kvrelay.cache.prefix import Prefixes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import PENDING, DecodeScheduler, DecodeSequence
 from kvrelay.scheduler.prefill import Chunk, PrefillJob
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.transport.base import Write, WriteDone, WriteFailed
-from kvrelay.types import (
-    KVLayout,
-    RequestId,
-    RequestSpec,
-    SamplingParams,
-    TicketId,
-    TransferTicket,
-    WorkerId,
-    num_blocks,
-)
+from kvrelay.types import KVLayout, RequestId, RequestSpec, TicketId, TransferTicket, WorkerId, num_blocks
 from kvrelay.wire import (
     Abort,
     Arrived,

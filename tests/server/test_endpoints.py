@@ -13,8 +13,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvrelay.engine import Prepared
+from kvrelay.sampling_params import MAX_LOGPROBS
 from kvrelay.server.responses import ErrorResponse
-from kvrelay.types import MAX_LOGPROBS, RequestId
+from kvrelay.types import RequestId
 from kvrelay.version import __version__
 from tiny_server import Served, tiny_server
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from kvrelay.types import SamplingParams
+from kvrelay.sampling_params import SamplingParams
 from tiny_engine import greedy
 from tiny_server import Served, wait_for_blocks
 

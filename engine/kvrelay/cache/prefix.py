@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import GROUP_TOKENS, SparseAttention, shareable_tokens, sparse_settings
-from kvrelay.types import BLOCK_SIZE, RequestSpec, SamplingParams
+from kvrelay.types import BLOCK_SIZE, RequestSpec
 
 HASH_BYTES = 16
 

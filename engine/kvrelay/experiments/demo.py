@@ -14,7 +14,8 @@ from kvrelay.experiments.tables import energy_label, latency_table, phase_table,
 from kvrelay.llm import LLM
 from kvrelay.metrics import Report
 from kvrelay.outputs import RequestOutput
-from kvrelay.types import SamplingParams, num_blocks
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import num_blocks
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -16,7 +16,8 @@ from kvrelay.experiments.simulated_worker import CHUNK_TOKENS, SimulatedWorker, 
 from kvrelay.metrics import Ledger, Timings
 from kvrelay.router.control import Control
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.types import RequestId, SamplingParams, TransferTicket, WorkerId
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import RequestId, TransferTicket, WorkerId
 from kvrelay.wire import Connect, Connected, Message, StepReport
 
 TICK_S = 0.05

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from kvrelay.router.core import Router
 from kvrelay.router.request import RoutedRequest, Update
-from kvrelay.types import BLOCK_SIZE, MAX_INTEGER, RequestId, SamplingParams, WorkerId
+from kvrelay.sampling_params import MAX_INTEGER, SamplingParams
+from kvrelay.types import BLOCK_SIZE, RequestId, WorkerId
 
 PROBE_TOKENS = BLOCK_SIZE + 2  # so that a full KV block moves, and a part of one
 MAX_NEW_TOKENS = 2

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from kvrelay.errors import KVRelayError
 from kvrelay.metrics import Ledger
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import AttentionUse
 from kvrelay.types import (
     NO_HAND_OFF,
@@ -15,7 +16,6 @@ from kvrelay.types import (
     HandOff,
     RequestId,
     RequestSpec,
-    SamplingParams,
     TokenLogprobs,
     TransferTicket,
     WorkerId,

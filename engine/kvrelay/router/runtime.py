@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from kvrelay import wire
+from kvrelay import codec, wire
 from kvrelay.config import EngineConfig
 from kvrelay.errors import ERRORS, EngineClosed, KVRelayError, ProtocolError, WorkerFailed
 from kvrelay.router.control import Control
@@ -59,7 +59,7 @@ class Runtime:
         self._socket = self._context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_MESSAGE_BYTES)
         self._socket.bind(endpoint)
         self._wakeup = Wakeup()
         self._commands: deque[Callable[[], None]] = deque()
@@ -156,7 +156,7 @@ class Runtime:
                 return
             identity, data = self._socket.recv_multipart()
             try:
-                message = wire.decode(data, "worker_to_router")
+                message = codec.decode(data, "worker_to_router")
             except ProtocolError as error:
                 logger.error("from %s: %s", identity.decode(errors="replace"), error)
                 continue
@@ -253,4 +253,4 @@ class Runtime:
             self.router.fail(request_id, error, time.monotonic())
 
     def _send(self, worker_id: WorkerId, message: Message) -> None:
-        self._socket.send_multipart([worker_id.encode(), wire.encode(message)])
+        self._socket.send_multipart([worker_id.encode(), codec.encode(message)])

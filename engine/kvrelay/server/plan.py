@@ -12,8 +12,8 @@ import msgspec
 
 from kvrelay.engine import Engine, Prepared
 from kvrelay.errors import InvalidRequest, ModelError
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.server.requests import MAX_PROMPTS, ChatMessage, ChatRequest, CompletionRequest, Sampling
-from kvrelay.types import SamplingParams
 
 MAX_REQUESTS = 1024  # prompts x n of one HTTP request
 LARGE_TEXT = 16_384  # characters from which tokenising leaves the loop

@@ -10,8 +10,9 @@ import msgspec
 from msgspec import Meta
 
 from kvrelay.errors import InvalidRequest
+from kvrelay.sampling_params import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS
 from kvrelay.sparse import SparseAttention
-from kvrelay.types import MAX_INTEGER, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_SALT_CHARACTERS, Role
+from kvrelay.types import Role
 
 MAX_CHOICES = 128  # `n`
 MAX_PROMPTS = 1024

@@ -12,9 +12,7 @@ from typing import Any, Protocol
 from kvrelay.cache.memory import KVMemory
 from kvrelay.cache.store import KVStore
 from kvrelay.types import TicketId, WorkerId
-from kvrelay.wire import Arrived, Descriptor, Filled, Filling
-
-Notification = Filling | Arrived | Filled
+from kvrelay.wire import Descriptor, Notification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, TransportError
 from kvrelay.transport.base import (
     Notice,
-    Notification,
     Site,
     Transport,
     TransportEvent,
@@ -30,7 +29,7 @@ from kvrelay.transport.base import (
 from kvrelay.transport.copying import num_bytes
 from kvrelay.types import TicketId, WorkerId
 from kvrelay.wakeup import Wakeup
-from kvrelay.wire import Descriptor
+from kvrelay.wire import Descriptor, Notification
 
 FAULTS = ("drop", "duplicate", "reorder", "delay", "fail", "hang", "truncate", "bitflip")
 MAX_NUMBER = {"seed": 2.0**53, "limit": 2.0**53, "delay_s": 60.0}  # of an option that is no probability

@@ -7,10 +7,10 @@ from typing import Any
 
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import TransportError
-from kvrelay.transport.base import Endpoint, Notice, Notification, Site
+from kvrelay.transport.base import Endpoint, Notice, Site
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import WorkerId
-from kvrelay.wire import Descriptor
+from kvrelay.wire import Descriptor, Notification
 
 
 class InprocTransport:

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from kvrelay import wire
+from kvrelay import codec
 from kvrelay.cache.memory import NUM_VECTORS, KVMemory
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, TransportError
-from kvrelay.transport.base import Notification, Site, Write
+from kvrelay.transport.base import Site, Write
 from kvrelay.transport.copying import check_inside, runs
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import BLOCK_SIZE, KVLayout, WorkerId
-from kvrelay.wire import Descriptor
+from kvrelay.wire import Descriptor, Notification
 
 LOOK_EVERY_S = 0.001
 WRITE_TIMEOUT_S = 10.0  # also what `cancel` may wait for a peer that is gone
@@ -132,7 +132,7 @@ class NixlTransport:
         if known is None:
             raise TransportError(f"not connected to {peer}; connected: {sorted(self.writer.peers)}")
         try:
-            self._agent.send_notif(known.agent, wire.encode(message))
+            self._agent.send_notif(known.agent, codec.encode(message))
         except self._errors as error:
             raise TransportError(f"{peer} does not read its notifications: {error!r}") from error
         self.writer.counters["notifications"] += 1

@@ -12,14 +12,14 @@ from typing import Any
 
 import zmq
 
-from kvrelay import wire
+from kvrelay import codec
 from kvrelay.cache.memory import KVMemory, memory_bytes
 from kvrelay.cache.store import KVStore, pin
 from kvrelay.errors import TransportError
-from kvrelay.transport.base import Notification, Site, TransportEvent
+from kvrelay.transport.base import Site, TransportEvent
 from kvrelay.transport.writer import PageWriter
 from kvrelay.types import WorkerId
-from kvrelay.wire import Descriptor
+from kvrelay.wire import Descriptor, Notification
 
 
 class ShmTransport:
@@ -84,7 +84,7 @@ class ShmTransport:
         if outbox is None:
             raise TransportError(f"not connected to {peer}; connected: {sorted(self._outboxes)}")
         try:
-            outbox.send(wire.encode(message), zmq.DONTWAIT)
+            outbox.send(codec.encode(message), zmq.DONTWAIT)
         except zmq.Again:
             raise TransportError(f"{peer} does not read its notifications") from None
         self.writer.counters["notifications"] += 1

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from kvrelay import wire
+from kvrelay import codec
 from kvrelay.cache.memory import KVMemory
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig, LayoutMismatch, ProtocolError, TransportError
@@ -123,7 +123,7 @@ class PageWriter:
     def hear(self, message: bytes) -> None:
         """Report a peer's notification; one that is none is counted and left."""
         try:
-            self.report(Notice(wire.decode(message, "notification")))
+            self.report(Notice(codec.decode(message, "notification")))
         except ProtocolError:
             self.counters["rejected_notifications"] += 1
 

@@ -6,7 +6,7 @@ from kvrelay.cache.tickets import TicketBook
 from kvrelay.errors import LeaseExpired, TransferFailed
 from kvrelay.scheduler.decode import Admission, DecodeScheduler, DecodeSequence
 from kvrelay.types import BLOCK_SIZE, HandOff, TicketId, TransferTicket, num_blocks
-from kvrelay.wire import Abort, Arrived, Filled, Filling, Reserve, Reserved, WriterGone
+from kvrelay.wire import Abort, Arrived, Filled, Filling, Notification, Reserve, Reserved, WriterGone
 from kvrelay.worker.early import EarlySequences
 from kvrelay.worker.generation import Generation
 from kvrelay.worker.parts import WorkerParts
@@ -52,7 +52,7 @@ class DecodeSide:
             if ticket is None:
                 self._run(admission, admission.block_ids)
 
-    def on_notice(self, message: Filling | Arrived | Filled) -> None:
+    def on_notice(self, message: Notification) -> None:
         """A writer's sign of life, what came of it so far, or its end."""
         match message:
             case Arrived():

@@ -7,7 +7,7 @@ from typing import Any
 
 import zmq
 
-from kvrelay import wire
+from kvrelay import codec, wire
 from kvrelay.config import WorkerConfig
 from kvrelay.errors import KVRelayError, TransportError
 from kvrelay.transport.base import InprocHub, Notice, WriteDone, WriteFailed
@@ -69,7 +69,7 @@ class Worker:
         """Wait for something to do, handle every message; False once told to stop."""
         self._poller.poll(int(timeout_s * 1000))
         while self._running and self._socket.poll(0):
-            self._handle(wire.decode(self._socket.recv(), "router_to_worker"))
+            self._handle(codec.decode(self._socket.recv(), "router_to_worker"))
         return self._running
 
     def _handle(self, message: Any) -> None:
@@ -160,7 +160,7 @@ def serve(config: WorkerConfig, hub: InprocHub | None = None) -> None:
     socket.connect(config.endpoint)
 
     def send(message: wire.Message) -> None:
-        socket.send(wire.encode(message))
+        socket.send(codec.encode(message))
 
     try:
         _serve(config, hub, socket, send)
