@@ -5,7 +5,7 @@ here is a `msgspec` struct.
 """
 
 import hashlib
-from typing import Literal, NewType
+from typing import Literal, NewType, get_args
 
 import msgspec
 
@@ -15,6 +15,7 @@ RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
 TicketId = NewType("TicketId", str)
 Phase = Literal["prefill", "transfer", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 Role = Literal["prefill", "decode", "colocated"]
 LifeEvent = Literal["prefill_started", "prefill_finished", "kv_usable", "kv_committed", "decode_started"]
 FinishReason = Literal["stop", "length", "abort"]

@@ -109,15 +109,6 @@ class BlockSelection:
         check_shape("selection.indices", self.indices, (slots, num_kv_heads, "budget"))
         check_shape("selection.cu_q_blocks", self.cu_q_blocks, (batch + 1,))
 
-    def to_csr(self) -> tuple[Tensor, Tensor]:
-        """Compressed rows ``(indptr [slots * num_kv_heads + 1] int64, indices [total] int32)``.
-
-        Row ``slot * num_kv_heads + head``. The total is read from the device (one synchronisation).
-        """
-        counts = self.counts.flatten().long()
-        indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return indptr, self.indices[self._in_use()]
-
     def attended_pairs(self, q_lens: Tensor, seq_lens: Tensor) -> int:
         """(query, key) pairs attended to, summed over KV heads, counted from the lists themselves.
 
@@ -161,7 +152,3 @@ class BlockSelection:
             seq_lengths=(q_len, seq_len),
             compute_q_blocks=False,
         )
-
-    def _in_use(self) -> Tensor:
-        slots = torch.arange(self.indices.shape[-1], device=self.indices.device)
-        return slots < self.counts[..., None]

@@ -163,17 +163,6 @@ def test_the_requests_charged_last_are_those_remembered() -> None:
     assert account.request_energy("b", 9.0).decode_j is None
 
 
-def test_forgetting_a_request_keeps_the_totals() -> None:
-    account = measured()
-    account.add_activity(act("d", "decode", 1.0, 2.0, a=1))
-    for worker in ("p", "d"):
-        account.add_heartbeat(worker, 10.0)
-    account.forget("a")
-    account.forget("never seen")
-    assert account.request_energy("a", 10.0).decode_j is None
-    assert account.snapshot(10.0).decode_j == pytest.approx(10)
-
-
 def test_without_a_meter_everything_is_none() -> None:
     account = EnergyAccount([], None)
     account.add_activity(act("p", "prefill", 0.0, 1.0, a=1))
@@ -253,22 +242,6 @@ def test_samples_between_updates_close_no_interval() -> None:
     report = account.snapshot(0.2)
     assert report.num_updates == 2
     assert report.decode_j == pytest.approx(5.0)
-
-
-def test_a_window_between_two_reports_is_their_difference() -> None:
-    account = measured()
-    account.add_activity(act("p", "prefill", 0.0, 1.0, a=1, cpu_s=0.5))
-    first = account.snapshot(10.0)
-    account.add_activity(act("p", "prefill", 11.0, 12.0, b=1, cpu_s=0.25))
-    for index in range(1, 9):
-        account.add_sample(10 + 0.5 * index, {"package": 100 + 15.0 * index})
-    window = account.snapshot(14.0).since(first)
-    assert (window.gross_j, window.prefill_j) == (pytest.approx(120), pytest.approx(30))
-    assert (window.num_updates, window.window_s, window.short_window) == (8, pytest.approx(4.0), True)
-    assert window.workers["p"].cpu_s == 0.25
-    assert window.workers["p"].prefill_j == pytest.approx(30)
-    empty = EnergyAccount([SHARED], SOURCE).snapshot(0.0)
-    assert first.since(empty) is first
 
 
 def test_unknown_workers_and_senseless_activities_are_refused() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.energy.account import EnergyAccount
-from kvrelay.energy.records import PHASES, Activity, Domain
+from kvrelay.energy.records import Activity, Domain
 from kvrelay.energy.report import EnergyReport
+from kvrelay.types import PHASES
 
 WORKERS = ("p0", "p1", "d0")
 DOMAINS = (

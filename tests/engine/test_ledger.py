@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.metrics import PHASES, SPANS, Ledger, Timings, WorkerTotals, phase_report, ratio, worker_report
-from kvrelay.types import WorkerId
+from kvrelay.metrics import SPANS, Ledger, Timings, WorkerTotals, phase_report, ratio, worker_report
+from kvrelay.types import PHASES, WorkerId
 from kvrelay.wire import StepReport
 from tiny_engine import hello
 
@@ -197,7 +197,7 @@ def test_phases_count_their_own_steps() -> None:
     report = phase_report("prefill", workers, 12.0)
     assert (report.num_tokens, report.num_steps, report.busy_s) == (60, 2, 3.0)
     assert (report.tokens_per_s, report.joules, report.tokens_per_joule) == (20.0, 12.0, 5.0)
-    assert worker_report(workers[1], None).kv_bytes_written == 1000
+    assert worker_report(workers[1], None, "prefill").kv_bytes_written == 1000
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -210,7 +210,7 @@ def test_a_phase_without_work_or_meter_reports_none_not_zero(phase: str) -> None
 
 
 def test_a_worker_that_never_beat_has_unknown_free_blocks() -> None:
-    report = worker_report(totals(), None)
+    report = worker_report(totals(), None, "prefill")
     assert report.num_free_blocks is None
     assert report.joules is None
     assert report.counters == {}

@@ -94,12 +94,8 @@ def test_flush_twice_gives_nothing_more() -> None:
     assert stream.flush() == ""
 
 
-def test_special_tokens_and_sizes(tmp_path: Path) -> None:
+def test_special_tokens_are_read_and_left_out(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(written(tmp_path))
-    assert tokenizer.eos_token_id == 0
-    assert tokenizer.token_id("<|start|>") == 1
-    assert tokenizer.token_id("no such token") is None
-    assert tokenizer.vocab_size == 2 + 256 + 11 + 1
     ids = tokenizer.encode("<|start|>the")
     assert ids[0] == 1
     assert tokenizer.decode(ids) == "the"

@@ -8,14 +8,13 @@ from kvrelay.energy.account import EnergyAccount
 from kvrelay.energy.meter import Meter
 from kvrelay.energy.power_model import PowerModel, Watts, parse_power_model
 from kvrelay.energy.reader import EnergyReader
-from kvrelay.energy.records import PHASES, Activity, Domain, WorkerSite
+from kvrelay.energy.records import Activity, Domain, WorkerSite
 from kvrelay.energy.report import MIN_UPDATES, EnergyReport, RequestEnergy, WorkerEnergy
 from kvrelay.energy.table import METERS, MeterStatus, doctor, open_meter
 
 __all__ = [
     "METERS",
     "MIN_UPDATES",
-    "PHASES",
     "Activity",
     "Domain",
     "EnergyAccount",

@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from kvrelay.energy.domain_ledger import DomainLedger
-from kvrelay.energy.records import PHASES, Activity, Domain
+from kvrelay.energy.records import Activity, Domain
 from kvrelay.energy.report import MIN_UPDATES, EnergyReport, RequestEnergy, WorkerEnergy
 from kvrelay.energy.tally import RequestTally, Tally
 from kvrelay.errors import UnknownName
+from kvrelay.types import PHASES
 
 MAX_LAG_S = 600.0
 MAX_REQUESTS = 16_384
@@ -74,10 +75,6 @@ class EnergyAccount:
     def fail(self, reason: str) -> None:
         """The meter can no longer be read: from here on totals are unknown, so all are None."""
         self._failure = self._failure or reason
-
-    def forget(self, request_id: str) -> None:
-        """Drops one request's figures; its joules stay in the totals."""
-        self._settled.requests.pop(request_id, None)
 
     def request_energy(self, request_id: str, now_s: float) -> RequestEnergy:
         """Joules of one request so far; phases are None when nothing is known of them."""

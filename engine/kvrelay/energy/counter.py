@@ -5,36 +5,6 @@ Knows nothing of NVML or RAPL.
 
 from collections.abc import Sequence
 
-UPDATES_TO_AVERAGE = 32
-
-
-class UpdateClock:
-    """Estimates the time between two changes of a counter from the times at which it was seen to change."""
-
-    def __init__(self, default_s: float) -> None:
-        self._period_s = default_s
-        self._value: float | None = None
-        self._changed_s: float | None = None
-        self._num_periods = 0
-
-    @property
-    def period_s(self) -> float:
-        """Running mean in seconds; the default until two changes were seen."""
-        return self._period_s
-
-    def observe(self, now_s: float, value: float) -> None:
-        """Notes the counter's value at `now_s`."""
-        if value == self._value:
-            return
-        changed_s, first = self._changed_s, self._value is None
-        self._value = value
-        if first:
-            return
-        self._changed_s = now_s
-        if changed_s is not None:
-            self._num_periods = min(self._num_periods + 1, UPDATES_TO_AVERAGE)
-            self._period_s += (now_s - changed_s - self._period_s) / self._num_periods
-
 
 class WrappingCounter:
     """Cumulative joules from a raw counter that starts again at zero past its modulus, or when reset.

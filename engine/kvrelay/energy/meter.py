@@ -24,10 +24,6 @@ class Meter(Protocol):
         """The physical counters and the workers that share each."""
 
     @property
-    def update_period_s(self) -> float | None:
-        """Estimated seconds between two changes of a counter, never finer than the sampling."""
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader of the figures must know, such as a counter that was reset."""
 

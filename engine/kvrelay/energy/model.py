@@ -57,11 +57,6 @@ class ModelMeter:
         return tuple(worker.domain for worker in self._workers.values())
 
     @property
-    def update_period_s(self) -> float:
-        """The tick in which the kernel counts CPU time."""
-        return CLOCK_TICK_S
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """Workers that have gone."""
         gone = [worker_id for worker_id, worker in self._workers.items() if worker.gone]

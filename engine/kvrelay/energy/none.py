@@ -11,7 +11,6 @@ class NoMeter:
 
     source = None
     domains: tuple[Domain, ...] = ()
-    update_period_s = None
     warnings: tuple[str, ...] = ()
 
     def __init__(self) -> None:

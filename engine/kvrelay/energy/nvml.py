@@ -9,7 +9,7 @@ that runs on it and nothing of the host.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvrelay.energy.counter import UpdateClock, WrappingCounter
+from kvrelay.energy.counter import WrappingCounter
 from kvrelay.energy.nvml_boards import Board, board_of, list_boards, load_nvml, start_nvml
 from kvrelay.energy.power_model import PowerModel
 from kvrelay.energy.records import Domain, WorkerSite
@@ -64,11 +64,6 @@ class NvmlMeter:
         return self._domains
 
     @property
-    def update_period_s(self) -> float:
-        """Seconds between two updates of the slowest board, as seen by the sampling."""
-        return max(reading.clock.period_s for reading in self._readings.values())
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """The fall back to power readings, and counters that were reset meanwhile."""
         found = [f"{self._lacking}: power readings are integrated instead"] if self._lacking else []
@@ -107,7 +102,6 @@ class _Counter:
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
         self._counter = WrappingCounter(COUNTER_MODULI_MJ, units_per_joule=1e3, max_w=MAX_BOARD_W)
-        self.clock = UpdateClock(default_s=REFRESH_S)
 
     @property
     def num_resets(self) -> int:
@@ -115,7 +109,6 @@ class _Counter:
 
     def read(self, now_s: float) -> float:
         raw = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        self.clock.observe(now_s, raw)
         return self._counter.advance(now_s, raw)
 
 
@@ -126,11 +119,9 @@ class _Power:
         self._nvml, self._handle = nvml, handle
         self._last: tuple[float, float] | None = None
         self._joules = 0.0
-        self.clock = UpdateClock(default_s=REFRESH_S)
 
     def read(self, now_s: float) -> float:
         watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-        self.clock.observe(now_s, watts)
         if self._last is not None:
             last_s, last_w = self._last
             self._joules += 0.5 * (last_w + watts) * (now_s - last_s)

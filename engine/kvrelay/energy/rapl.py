@@ -8,14 +8,13 @@ https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvrelay.energy.counter import UpdateClock, WrappingCounter
+from kvrelay.energy.counter import WrappingCounter
 from kvrelay.energy.power_model import PowerModel
 from kvrelay.energy.records import Domain, WorkerSite
 from kvrelay.errors import EnergyUnavailable
 
 ROOT = Path("/sys/class/powercap")
 MAX_PACKAGE_W = 5000.0
-UPDATE_PERIOD_S = 0.001  # Intel SDM vol. 3B, 15.10.1: about 1 ms
 
 ReadText = Callable[[Path], str]
 
@@ -60,11 +59,6 @@ class RaplMeter:
         return self._domains
 
     @property
-    def update_period_s(self) -> float:
-        """Seconds between two updates of the slowest zone, as seen by the sampling."""
-        return max(zone.clock.period_s for zone in self._zones.values())
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """Counters that fell in a way no wrap explains."""
         return tuple(
@@ -87,11 +81,9 @@ class _Zone:
         _number(self._energy, read)
         wrap = _number(zone / "max_energy_range_uj", read)
         self.counter = WrappingCounter([wrap], units_per_joule=1e6, max_w=MAX_PACKAGE_W)
-        self.clock = UpdateClock(default_s=UPDATE_PERIOD_S)
 
     def sample(self, now_s: float, read: ReadText) -> float:
         raw = _number(self._energy, read)
-        self.clock.observe(now_s, raw)
         return self.counter.advance(now_s, raw)
 
 

@@ -88,11 +88,6 @@ class EnergyReader:
         with self._account_lock:
             return self._account.request_energy(request_id, self._clock())
 
-    def forget(self, request_id: str) -> None:
-        """See `EnergyAccount.forget`."""
-        with self._account_lock:
-            self._account.forget(request_id)
-
     def snapshot(self) -> EnergyReport:
         """See `EnergyAccount.snapshot`; the meter's warnings are added."""
         with self._account_lock:

@@ -6,12 +6,9 @@ Knows nothing of how joules are read or split.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 from kvrelay.errors import ProtocolError
-from kvrelay.types import Phase, Role
-
-PHASES: tuple[Phase, ...] = get_args(Phase)
+from kvrelay.types import PHASES, Phase, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

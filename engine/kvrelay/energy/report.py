@@ -46,16 +46,6 @@ class WorkerEnergy:
     idle_j: float | None = None
     cpu_s: float = 0.0
 
-    def minus(self, earlier: "WorkerEnergy") -> "WorkerEnergy":
-        """What was added since."""
-        return WorkerEnergy(
-            prefill_j=difference(self.prefill_j, earlier.prefill_j),
-            transfer_j=difference(self.transfer_j, earlier.transfer_j),
-            decode_j=difference(self.decode_j, earlier.decode_j),
-            idle_j=difference(self.idle_j, earlier.idle_j),
-            cpu_s=self.cpu_s - earlier.cpu_s,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnergyReport:
@@ -101,28 +91,6 @@ class EnergyReport:
         """Joules of one phase."""
         return {"prefill": self.prefill_j, "transfer": self.transfer_j, "decode": self.decode_j}[phase]
 
-    def since(self, earlier: "EnergyReport") -> "EnergyReport":
-        """The window from an earlier report of the same account to this one."""
-        assert earlier.source == self.source, "two meters are never compared"
-        if not earlier.window_s:
-            return self
-        names = ["prefill_j", "transfer_j", "decode_j", "idle_j", "gross_j", "net_j", "unassigned_j"]
-        names += ["lower_j", "upper_j"]
-        joules = {name: difference(getattr(self, name), getattr(earlier, name)) for name in names}
-        return EnergyReport(
-            source=self.source,
-            reason=self.reason or earlier.reason,
-            window_s=self.window_s - earlier.window_s,
-            provisional_s=self.provisional_s,
-            num_updates=self.num_updates - earlier.num_updates,
-            workers={
-                worker_id: worker.minus(earlier.workers.get(worker_id, WorkerEnergy()))
-                for worker_id, worker in self.workers.items()
-            },
-            warnings=self.warnings,
-            **joules,
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the flags."""
         return {
@@ -130,8 +98,3 @@ class EnergyReport:
             "short_window": self.short_window,
             "short_window_reason": self.short_window_reason,
         }
-
-
-def difference(later: float | None, earlier: float | None) -> float | None:
-    """None as soon as one side is unknown."""
-    return None if later is None or earlier is None else later - earlier

@@ -1,6 +1,5 @@
 """What this host has for us, and for each thing that is missing the reason and what to install."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -82,7 +81,7 @@ def _kernels() -> list[Finding]:
     dense = "these" if backend != "torch" else "torch's own attention over gathered pages"
     detail = f"{backend}: {build}; dense attention of float32 and bfloat16 by {dense}"
     cpu = Finding(area="kernels", name="cpu", available=True, detail=detail)
-    triton = importlib.util.find_spec("triton") is not None
+    triton = find_spec("triton") is not None
     detail = (
         "installed" if triton else "not installed; pip install triton (it comes with CUDA builds of torch)"
     )

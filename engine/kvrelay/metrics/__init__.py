@@ -3,7 +3,6 @@
 from kvrelay.metrics.catalogue import CATALOGUE, METRICS, Metric
 from kvrelay.metrics.registry import CONTENT_TYPE, MetricRegistry
 from kvrelay.metrics.report import (
-    PHASES,
     SPANS,
     Ledger,
     PhaseReport,
@@ -21,7 +20,6 @@ __all__ = [
     "CATALOGUE",
     "CONTENT_TYPE",
     "METRICS",
-    "PHASES",
     "SPANS",
     "Ledger",
     "Metric",

@@ -5,7 +5,7 @@ unknown is not 0.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -105,13 +105,6 @@ class MetricRegistry(Collector):
         for own, value in self._values[metric.name].items():
             family.add_metric([*fixed, *own], value)  # type: ignore[attr-defined]
         return family
-
-
-def exposed_names(metric: Metric) -> Iterable[str]:
-    """The sample names that Prometheus sees of a metric."""
-    if metric.kind != "histogram":
-        return (PREFIX + metric.name,)
-    return tuple(f"{PREFIX}{metric.name}{suffix}" for suffix in ("_bucket", "_count", "_sum"))
 
 
 def _checked(name: str, kind: str, labels: Labels) -> Metric:

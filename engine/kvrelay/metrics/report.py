@@ -10,10 +10,8 @@ from typing import Any
 
 import msgspec
 
-from kvrelay.types import Phase, Role, WorkerId
+from kvrelay.types import PHASES, Phase, Role, WorkerId
 from kvrelay.wire import Heartbeat, Hello, StepReport
-
-PHASES: tuple[Phase, ...] = ("prefill", "transfer", "decode")
 
 SPANS = {  # event -> the part of the ledger that it begins
     "arrived": "queue_s",
@@ -223,14 +221,14 @@ def phase_report(phase: Phase, workers: list[WorkerTotals], joules: float | None
     )
 
 
-def worker_report(totals: WorkerTotals, joules: float | None, role: Role | None = None) -> WorkerReport:
-    """One worker's totals as they are shown; `role` is the one it has now, if not that of its start."""
+def worker_report(totals: WorkerTotals, joules: float | None, role: Role) -> WorkerReport:
+    """One worker's totals as they are shown; `role` is the one it has now."""
     hello, beat = totals.hello, totals.heartbeat
     counters = dict(beat.counters) if beat else {}
     return WorkerReport(
         worker_id=hello.worker_id,
         pid=hello.pid,
-        role=role or hello.role,
+        role=role,
         device=hello.device,
         dtype=hello.descriptor.layout.dtype,
         model_impl=hello.model_impl,

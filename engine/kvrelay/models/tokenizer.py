@@ -64,26 +64,6 @@ class Tokenizer:
         names = read_json_object_if_any(directory / "special_tokens_map.json") | config
         return cls(backend, _special_tokens(names), load_chat_template(directory, config))
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, added tokens included; a model may have more rows than that."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the end-of-sequence token, or None when the directory names none."""
-        return self.token_id(self.special_tokens.get("eos_token", ""))
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` can work."""
-        return self._template is not None
-
-    def token_id(self, token: str) -> int | None:
-        """Id of a token by its exact spelling, or None."""
-        found = self._backend.token_to_id(token)
-        return None if found is None else int(found)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`; special tokens spelled in the text are recognised."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -8,17 +8,9 @@ from kvrelay.energy import Activity, EnergyReader, EnergyReport, RequestEnergy, 
 from kvrelay.energy.power_model import parse_power_model
 from kvrelay.energy.report import WorkerEnergy
 from kvrelay.errors import InvalidConfig
-from kvrelay.metrics import (
-    PHASES,
-    Report,
-    WorkerTotals,
-    hidden_share,
-    phase_report,
-    ratio,
-    worker_report,
-)
+from kvrelay.metrics import Report, WorkerTotals, hidden_share, phase_report, ratio, worker_report
 from kvrelay.router.core import Router
-from kvrelay.types import Phase, RequestId, WorkerId
+from kvrelay.types import PHASES, Phase, RequestId, WorkerId
 from kvrelay.wire import Heartbeat, Hello, StepReport
 
 WATTS_EVERY_S = 1.0

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from kvrelay.config import EngineConfig
 from kvrelay.energy import EnergyReport
 from kvrelay.errors import KVRelayError, LeaseExpired, TransportError
-from kvrelay.metrics import PHASES, MetricRegistry, Timings, ratio
+from kvrelay.metrics import MetricRegistry, Timings, ratio
 from kvrelay.router.core import Router
 from kvrelay.router.policies import Auto
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.sparse import AttentionUse
-from kvrelay.types import WorkerId
+from kvrelay.types import PHASES, WorkerId
 from kvrelay.wire import Heartbeat
 
 RECENT_S = 30.0  # what is older is forgotten before the planner's pause is over
 FEW_REQUESTS = 20  # fewer are not taken for all
 JOULES_PER_KWH = 3.6e6
-SPANS = {
+LATENCIES = {
     "request_queue_time_seconds": "queue_s",
     "request_prefill_time_seconds": "prefill_s",
     "request_transfer_wait_seconds": "transfer_wait_s",
@@ -114,7 +114,7 @@ class Telemetry:
 
     def _observe(self, timings: Timings, request: RoutedRequest) -> None:
         observe = self.registry.observe
-        for name, field in SPANS.items():
+        for name, field in LATENCIES.items():
             observe(name, max(0.0, getattr(timings, field)))
         observe("request_inference_time_seconds", max(0.0, timings.e2e_s - timings.queue_s))
         observe("request_prompt_tokens", request.num_prompt_tokens)

@@ -9,9 +9,7 @@ from kvrelay.energy import RequestEnergy
 from kvrelay.metrics import Timings, WorkerReport
 from kvrelay.outputs import RequestOutput
 from kvrelay.sparse import AttentionUse, SparseAttention
-from kvrelay.types import HandOff, Role
-
-FinishReason = Literal["stop", "length", "abort"]
+from kvrelay.types import FinishReason, HandOff, Role
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

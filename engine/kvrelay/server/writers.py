@@ -26,11 +26,11 @@ from kvrelay.server.responses import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
-    FinishReason,
     Measured,
     Reply,
     Usage,
 )
+from kvrelay.types import FinishReason
 
 MaybeUsage = Usage | UnsetType | None
 Document = TypeVar("Document", bound=Reply)

@@ -11,7 +11,7 @@ from kvrelay.transport.base import Write
 
 def num_bytes(source: KVMemory, write: Write) -> int:
     """Bytes that the write copies."""
-    if write.parts is None or not write.parts:
+    if not write.parts:
         return len(write.source_blocks) * 2 * source.pages[0, 0, 0].nbytes
     heads, head_dim = source.pages.shape[3], source.pages.shape[5]
     if write.parts[0] < 2 * heads:
