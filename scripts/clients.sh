@@ -5,7 +5,8 @@
 #   bash scripts/clients.sh --url http://127.0.0.1:8000 vllm aiperf
 #
 # Environments stay in KVRELAY_CLIENTS (default: kvrelay-clients in the temporary directory); vLLM's alone is 3 GB.
+# kvrelay itself runs in .venv, or, if PYTHON names one, in that Python's environment.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+if [ -n "${PYTHON:-}" ]; then cd "$(dirname "$0")/.."; else source "$(dirname "$0")/environment.sh" ""; fi
 export PYTHONPATH="engine:kernels${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" scripts/clients.py "$@"
+exec "${PYTHON:-.venv/bin/python}" scripts/clients.py "$@"

@@ -1,8 +1,9 @@
 # Sourced by the other scripts: makes .venv where there is none, and installs this checkout into it.
-# Usage: source scripts/environment.sh [EXTRA]    Installs again when the build files or the C++ sources change.
+# Usage: source scripts/environment.sh EXTRA    "" for none: without an argument `source` passes on those of the script.
+# Installs again when the build files or the C++ sources change.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extra="${1:-}"
+extra="$1"
 
 find_python() {
   local candidate
