@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvrelay.config import EngineConfig, cache_home
+from kvrelay.config import cache_home
 from kvrelay.engine_options import engine_options
-from kvrelay.errors import InvalidConfig, KVRelayError
-from kvrelay.experiments import demo as demo_module
+from kvrelay.errors import KVRelayError
+from kvrelay.experiments.demo import run_demo
 from kvrelay.experiments.doctor import examine
+from kvrelay.experiments.record import write_record
 from kvrelay.experiments.tables import phase_table, worker_table
 from kvrelay.llm import LLM
 from kvrelay.models import hub
@@ -38,7 +39,10 @@ app.command()(serve)
 console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document last, on standard output.")]
-Model = Annotated[str, typer.Option(help="A pulled name, a Hugging Face directory, or a hub id.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help=f"A pulled name, a Hugging Face directory, or a hub id; {DEFAULT_MODEL} unless told."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any engine setting, such as num_kv_blocks=64."),
@@ -84,7 +88,7 @@ def models_list(json_output: Json = False) -> None:
 def generate(
     engine: dict[str, Any],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
     chat: Annotated[bool, typer.Option(help="Treat each prompt as a user's message.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -100,9 +104,9 @@ def generate(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
     )
-    chosen = _settings(settings, engine)
-    console.print(f"[dim]starting {model} …[/]", highlight=False)
-    with LLM(model, **chosen) as llm:
+    chosen = _settings(settings, engine, model)
+    console.print(f"[dim]starting {chosen['model']} …[/]", highlight=False)
+    with LLM(**chosen) as llm:
         prompts: Any = (
             llm.render([[{"role": "user", "content": text}] for text in prompt]) if chat else prompt
         )
@@ -119,23 +123,23 @@ def generate(
 @engine_options
 def demo(
     engine: dict[str, Any],
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 48,
     settings: Settings = None,
     output: Annotated[Path, typer.Option(help="Where the JSON record goes.")] = Path("results/demo.json"),
     json_output: Json = False,
 ) -> None:
     """Answer eight questions through separate prefill and decode processes, and report what it cost."""
-    chosen = _settings(settings, engine)
-    if model in hub.KNOWN:
-        hub.pull(model, cache_home(), progress_bar)
-    record = demo_module.run_demo(model, chosen, max_tokens, Console())
-    path = demo_module.save(record, output)
+    chosen = _settings(settings, engine, model)
+    if chosen["model"] in hub.KNOWN:
+        hub.pull(chosen["model"], cache_home(), progress_bar)
+    record = run_demo(chosen, max_tokens, Console())
+    write_record(record, output)
     failed = [name for name, held in record["gate"]["checks"].items() if not held]
     if json_output:
         _print_json(record)
     else:
-        print(path)
+        print(output)
     if failed:
         raise KVRelayError(f"the demo's own checks failed: {'; '.join(failed)}")
 
@@ -170,15 +174,10 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
 
 
-def _settings(pairs: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
-    """Engine settings from options, then `--set NAME=VALUE`; values are JSON where they parse as such."""
-    for pair in pairs or []:
-        name, value = parse_pair(pair)
-        if name not in EngineConfig.__struct_fields__:
-            known = ", ".join(EngineConfig.__struct_fields__)
-            raise InvalidConfig(f"--set {name}: there is no such setting; there are {known}")
-        named[name] = value
-    return named
+def _settings(pairs: list[str] | None, options: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Engine settings from `--set NAME=VALUE`, then options; a model always among them."""
+    chosen = {"model": DEFAULT_MODEL} | dict(map(parse_pair, pairs or [])) | options
+    return chosen if model is None else chosen | {"model": model}
 
 
 def _stream(

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from kvrelay.errors import InvalidConfig
-from kvrelay.field_checks import check_at_least, check_choice, check_chunk
+from kvrelay.field_checks import check_at_least, check_choice, check_chunk, check_seconds
 from kvrelay.sparse import SparseAttention, check_hand_off, check_whole_groups, sparse_settings
 from kvrelay.types import Role, WorkerId
 from kvrelay.worker_settings import DEVICES, OWN, WorkerSettings, check_workers
@@ -139,9 +139,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for field in (*at_least_one, "threads_per_worker", "num_kv_tokens"):
             check_at_least(field, getattr(self, field), 1)
         for field in SECONDS:
-            seconds = getattr(self, field)
-            if seconds is not None and not seconds > 0:
-                raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
+            check_seconds(field, getattr(self, field))
         for field, least in LEAST:
             check_at_least(field, getattr(self, field), least)
         if self.num_kv_tokens is not None and self.num_kv_blocks is not None:
@@ -153,16 +151,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
         if self.sparse() is not None:
             check_whole_groups(chunks)
-        is_colocated = all(role == "colocated" for _, role in self.roles())
-        check_hand_off(self.kv_handoff, self.sparse(), is_colocated=is_colocated)
+        check_hand_off(self.kv_handoff, self.sparse(), is_colocated=self.is_colocated)
         _check_tiers(self)
         if self.workers is not None:
             check_workers(self.workers, [worker_id for worker_id, _ in self.roles()])
+        if self.mode == "colocated" and not self.is_colocated:
+            raise InvalidConfig("mode='colocated': `workers` lists prefill and decode workers")
 
     @classmethod
-    def of(cls, **settings: Any) -> "EngineConfig":
+    def of(cls, /, **settings: Any) -> "EngineConfig":
         """From keyword settings, types checked. Raises `InvalidConfig` naming the field and what exists."""
         return convert(cls, settings)
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether each worker gets both halves of its requests, so that no KV is handed off."""
+        return all(role == "colocated" for _, role in self.roles())
 
     def sparse(self) -> SparseAttention | None:
         """Settings of sparse attention; None is dense."""

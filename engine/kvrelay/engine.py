@@ -22,7 +22,7 @@ from kvrelay.models.hub import resolve
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.outputs import Detokenizer, InFlight, OutputStream, StreamEvent
-from kvrelay.request_checks import check_layers, check_tokens
+from kvrelay.request_checks import check_kinds, check_layers, check_tokens
 from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
@@ -82,7 +82,7 @@ class Engine:
         try:
             self._workers.start(self._worker_configs(endpoint, directory))
             self._runtime.wait_ready(config.start_timeout_s)
-            if config.local_prefill_tokens is None and config.mode == "disaggregated":
+            if config.local_prefill_tokens is None and not config.is_colocated:
                 self._measure_local_prefill()
             self._runtime.control.open_books()
         except BaseException:
@@ -93,6 +93,7 @@ class Engine:
         """Tokenise and check one request; its clock starts. Raises `InvalidRequest` or `EngineClosed`."""
         if self._is_closed:
             raise EngineClosed("the engine is closed")
+        check_kinds(prompt, params)
         arrived_s = time.monotonic()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_length(len(token_ids))

@@ -11,7 +11,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "mode": (str, "disaggregated or colocated."),
     "prefill_workers": (int, "Prefill worker processes."),
     "decode_workers": (int, "Decode worker processes."),
-    "transport": (str, "How KV moves: shm, inproc, faulty:OPTIONS."),
+    "transport": (str, "How KV moves: shm, inproc, nixl or faulty:OPTIONS."),
     "device": (str, "auto, cpu, cuda or cuda:N."),
     "dtype": (str, "auto, float32, bfloat16 or float16."),
     "attention": (str, "dense, sparse or auto."),

@@ -1,5 +1,7 @@
 """Checks that settings share: each raises with the field, what was needed and what there was."""
 
+import math
+
 from kvrelay.errors import InvalidConfig, UnknownName
 from kvrelay.types import BLOCK_SIZE
 
@@ -11,9 +13,15 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_at_least(field: str, value: float | None, least: float) -> None:
-    """Raise `InvalidConfig` for a number below the least; None passes."""
-    if value is not None and value < least:
+    """Raise `InvalidConfig` for a number below the least, or not finite; None passes."""
+    if value is not None and not least <= value < math.inf:
         raise InvalidConfig(f"{field}={value}: expected at least {least}")
+
+
+def check_seconds(field: str, seconds: float | None) -> None:
+    """Raise `InvalidConfig` unless it is a finite number above 0; None passes."""
+    if seconds is not None and not 0.0 < seconds < math.inf:
+        raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
 
 
 def check_chunk(field: str, chunk: int | None) -> None:

@@ -35,8 +35,8 @@ class LLM:
     `ModelError` or `WorkerFailed`, each naming what was wrong.
     """
 
-    def __init__(self, model: str, **settings: Any) -> None:
-        self.engine = Engine(_config(model, settings))
+    def __init__(self, /, model: str, **settings: Any) -> None:
+        self.engine = Engine(EngineConfig.of(model=model, **settings))
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +97,8 @@ class LLM:
 
         A failed request's last event carries `error`. Leaving early aborts what is unfinished.
         """
+        if isinstance(prompts, str):
+            raise InvalidRequest("prompts: expected a list of prompts; got str")
         each = _each(params, len(prompts))
         prepared = []
         for index, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
@@ -130,8 +132,8 @@ class LLM:
 class AsyncLLM:
     """The same engine for asyncio: `async with AsyncLLM(...) as llm`, or `close` at the end."""
 
-    def __init__(self, model: str, **settings: Any) -> None:
-        self.engine = Engine(_config(model, settings))
+    def __init__(self, /, model: str, **settings: Any) -> None:
+        self.engine = Engine(EngineConfig.of(model=model, **settings))
 
     async def __aenter__(self) -> Self:
         return self
@@ -198,10 +200,6 @@ def render_chat(engine: Engine, messages: Any) -> list[int]:
     return engine.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _config(model: str, settings: dict[str, Any]) -> EngineConfig:
-    return EngineConfig.of(model=model, **settings)
-
-
 def _batch(prompts: Any) -> list[Prompt]:
     if not isinstance(prompts, str | list | tuple):
         raise InvalidRequest(
@@ -213,14 +211,12 @@ def _batch(prompts: Any) -> list[Prompt]:
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if isinstance(params, dict) or (
-        params is not None and not isinstance(params, SamplingParams | list | tuple)
-    ):
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple):
         raise InvalidRequest(
             f"params: expected SamplingParams or a list of them; got {type(params).__name__}"
         )
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
     if len(params) != count:
         raise InvalidRequest(f"{len(params)} sampling params for {count} prompts")
     return list(params)

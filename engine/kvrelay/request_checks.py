@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kvrelay.errors import InvalidConfig, InvalidRequest
 from kvrelay.models.spec import ModelSpec
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import SparseAttention
 
 
@@ -12,6 +13,14 @@ def check_layers(sparse: SparseAttention | None, spec: ModelSpec) -> None:
     too_high = [] if sparse is None else [n for n in sparse.dense_layers if n >= spec.num_layers]
     if too_high:
         raise InvalidConfig(f"dense_layers={too_high[0]}: the model has layers 0 to {spec.num_layers - 1}")
+
+
+def check_kinds(prompt: object, params: object) -> None:
+    """Raise `InvalidRequest` for a prompt that is neither text nor token ids, or for other parameters."""
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        raise InvalidRequest(f"prompt: expected text or token ids; got {type(prompt).__name__}")
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params: expected SamplingParams; got {type(params).__name__}")
 
 
 def check_tokens(token_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:

@@ -7,7 +7,7 @@ import msgspec
 
 from kvrelay.config import api_key, convert
 from kvrelay.errors import InvalidConfig
-from kvrelay.field_checks import check_at_least
+from kvrelay.field_checks import check_at_least, check_seconds
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,8 +40,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for field in ("max_body_bytes", "max_headers", "max_header_bytes"):
             check_at_least(field, getattr(self, field), 1)
         for field in ("header_timeout_s", "body_timeout_s", "drain_timeout_s"):
-            if not getattr(self, field) > 0:
-                raise InvalidConfig(f"{field}={getattr(self, field)!r}: expected seconds above 0")
+            check_seconds(field, getattr(self, field))
         if self.api_key is None and not is_loopback(self.host):
             raise InvalidConfig(
                 f"host={self.host!r}: other machines could use the server; give an api_key, or listen "
@@ -49,7 +48,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
     @classmethod
-    def of(cls, **settings: Any) -> "ServerConfig":
+    def of(cls, /, **settings: Any) -> "ServerConfig":
         """From keyword settings, types checked. Raises `InvalidConfig` naming the field and what exists."""
         return convert(cls, settings)
 

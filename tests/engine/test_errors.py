@@ -19,6 +19,7 @@ from kvrelay.errors import (
 )
 from tiny_engine import MAX_POSITIONS, greedy, prompts, tiny_llm
 
+PAIR = [{"role": "prefill"}, {"role": "decode"}]
 BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"mode": "both"}, InvalidConfig, "mode"),
     ({"prefill_workers": 0}, InvalidConfig, "prefill_workers=0: expected at least 1"),
@@ -34,6 +35,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[KVRelayError], str]] = [
     ({"prefill_chunk_tokens": 100}, InvalidConfig, "a multiple of 64"),
     ({"max_model_len": MAX_POSITIONS + 1}, InvalidConfig, f"the model has {MAX_POSITIONS} positions"),
     ({"lease_s": 0.0}, InvalidConfig, "lease_s"),
+    ({"mode": "colocated", "workers": PAIR}, InvalidConfig, "mode='colocated': `workers` lists prefill"),
     ({"num_kv_blocks": 10**9}, InvalidConfig, "num_kv_blocks=1000000000 needs"),
     ({"power_model": "idle=5"}, InvalidConfig, "idle"),
     ({"meter": "thermometer"}, UnknownName, "thermometer"),
@@ -61,6 +63,9 @@ def test_a_bad_setting_is_refused_by_name(
         ([-1], "token id -1"),
         ([1.5], "token id 1.5"),
         ([True], "token id True"),
+        (None, "prompt: expected text or token ids; got NoneType"),
+        (7, "prompt: expected text or token ids; got int"),
+        (b"text", "prompt: expected text or token ids; got bytes"),
         (list(range(2, 200)) * 6, f"the prompt has 1188 tokens; max_model_len={MAX_POSITIONS}"),
     ],
 )
@@ -70,6 +75,16 @@ def test_a_bad_prompt_is_refused_and_the_batch_with_it(tiny_directory: Path, pro
             llm.generate([[5, 6], prompt], greedy(2))
         assert llm.report().num_requests["finished"] == 0, "a batch with a bad prompt starts nothing"
         assert len(llm.generate([[5, 6]], greedy(2))[0].token_ids) == 2
+
+
+def test_what_is_no_list_of_prompts_and_no_parameters_is_refused(tiny_directory: Path) -> None:
+    with tiny_llm(tiny_directory, mode="colocated") as llm:
+        with pytest.raises(InvalidRequest, match="prompts: expected a list of prompts; got str"):
+            next(llm.stream_many("text", greedy(2)))
+        with pytest.raises(InvalidRequest, match="params: expected SamplingParams or a list of them; got dict"):
+            llm.generate("text", {"max_tokens": 2})  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="params: expected SamplingParams; got dict"):
+            llm.generate("text", [{"max_tokens": 2}])  # type: ignore[list-item]
 
 
 def test_a_request_that_no_pool_can_hold_is_refused_with_both_numbers(tiny_directory: Path) -> None:

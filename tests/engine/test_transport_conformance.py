@@ -608,6 +608,17 @@ def test_bitflip_changes_exactly_one_bit(opener: Opener) -> None:
     assert sum(int(x).bit_count() for x in (wrong ^ right).tolist()) == 1
 
 
+def test_bits_are_flipped_only_where_a_peers_pages_are_mapped(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = faulty(opener, "bitflip=1")
+    inner: Any = prefill.transport._inner  # type: ignore[attr-defined]
+    unmapped = {decode.descriptor.worker_id: object()}
+    monkeypatch.setattr(inner, "connect", lambda peer: inner.writer.peers.update(unmapped))
+    with pytest.raises(TransportError, match="bitflip: the pages of decode-0 are not mapped here"):
+        prefill.transport.connect(decode.descriptor)
+
+
 def test_delayed_writes_arrive_later_and_whole_unless_cancelled(opener: Opener) -> None:
     prefill, decode = faulty(opener, "delay=1,delay_s=0.05")
     before = decode.store.pages.clone()

@@ -77,6 +77,10 @@ def test_old_and_new_rope_forms_are_one(old: dict[str, Any], tmp_path: Path) -> 
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["per layer"]),
         ({"hidden_size": "absent"}, ["hidden_size", "positive"]),
+        ({"num_key_value_heads": -2}, ["num_key_value_heads", "positive", "-2"]),
+        ({"head_dim": "64"}, ["head_dim", "positive", "'64'"]),
+        ({"rms_norm_eps": "small"}, ["small"]),
+        ({"rope_theta": [1]}, ["list"]),
         ({"num_key_value_heads": 3}, ["4 query heads", "3 KV heads"]),
         ({"head_dim": 15}, ["head_dim 15", "even"]),
         (

@@ -3,13 +3,12 @@
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from kvrelay.experiments.record import Gate, make_record, write_record
+from kvrelay.experiments.record import Gate, make_record
 from kvrelay.experiments.tables import energy_label, latency_table, phase_table, worker_table
 from kvrelay.llm import LLM
 from kvrelay.metrics import Report
@@ -29,10 +28,13 @@ QUESTIONS = (
 )
 
 
-def run_demo(model: str, settings: dict[str, Any], max_tokens: int, console: Console) -> dict[str, Any]:
-    """Answer the questions, show the tables, and return the record (see `experiments.record`)."""
-    with LLM(model, **settings) as llm:
-        console.print(f"[bold]{model}[/] is loaded; {len(QUESTIONS)} questions go in together.")
+def run_demo(settings: dict[str, Any], max_tokens: int, console: Console) -> dict[str, Any]:
+    """Answer the questions, show the tables, and return the record (see `experiments.record`).
+
+    `settings` are those of `LLM`, the model among them.
+    """
+    with LLM(**settings) as llm:
+        console.print(f"[bold]{settings['model']}[/] is loaded; {len(QUESTIONS)} questions go in together.")
         prompts = llm.render([[{"role": "user", "content": question}] for question in QUESTIONS])
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         outputs, clocks = _answer(llm, prompts, params, console)
@@ -45,15 +47,7 @@ def run_demo(model: str, settings: dict[str, Any], max_tokens: int, console: Con
     console.print(
         f"energy {label}: {report.energy_source or 'unknown'}; {report.energy_note}", soft_wrap=True
     )
-    return make_record(
-        "demo", {"model": model, "max_tokens": max_tokens, **settings}, gate, _results(outputs, report)
-    )
-
-
-def save(record: dict[str, Any], path: Path) -> Path:
-    """Write the record; its path."""
-    write_record(record, path)
-    return path
+    return make_record("demo", {"max_tokens": max_tokens, **settings}, gate, _results(outputs, report))
 
 
 def _answer(
@@ -121,7 +115,6 @@ def _gate(llm: LLM, report: Report, outputs: list[RequestOutput], clocks: list[t
     token_bytes = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * item
     blocks = sum(num_blocks(len(output.prompt_token_ids) - 1) for output in outputs)
     pids = {worker.pid for worker in report.workers}
-    is_split = llm.engine.config.mode == "disaggregated"
     parts = ("queue_s", "prefill_s", "transfer_wait_s", "decode_queue_s", "first_decode_s", "decode_s")
     ledgers = [(sum(getattr(o.timings, part) for part in parts), o.timings.e2e_s) for o in outputs]
     return Gate(
@@ -129,7 +122,7 @@ def _gate(llm: LLM, report: Report, outputs: list[RequestOutput], clocks: list[t
             "every request finished": all(o.finish_reason in ("stop", "length") for o in outputs),
             "workers are processes of their own": os.getpid() not in pids
             and len(pids) == len(report.workers),
-            "KV bytes moved are those of the prefilled blocks": not is_split
+            "KV bytes moved are those of the prefilled blocks": llm.engine.config.is_colocated
             or report.kv_bytes_moved == blocks * 64 * token_bytes,
             "ledger parts sum to end-to-end time": all(abs(a - b) <= 0.01 * b for a, b in ledgers),
             "ledger agrees with the client's clock within 1 %": _median_error(outputs, clocks) <= 0.01,

@@ -67,7 +67,6 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int | None
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype_name: str
 
@@ -76,7 +75,10 @@ class ModelSpec:
         """Read `config.json`, and `generation_config.json` if any; raises `ModelError` naming the file."""
         config = read_json_object(directory / "config.json")
         generation = read_json_object_if_any(directory / "generation_config.json")
-        return cls.from_config(config, generation, directory / "config.json")
+        try:
+            return cls.from_config(config, generation, directory / "config.json")
+        except (TypeError, ValueError) as error:  # a value of another kind than the field's
+            raise ModelError(f"{directory / 'config.json'}: {error}") from error
 
     def scaled(self, rope_scaling: str | None) -> "ModelSpec":
         """The model for sequences longer than it was trained for; None changes nothing.
@@ -117,7 +119,6 @@ class ModelSpec:
             mlp_bias=_option(family.mlp_bias, config, "mlp_bias"),
             qk_norm=family.qk_norm,
             sliding_window=_sliding_window(config, architecture, source),
-            bos_token_id=config.get("bos_token_id"),
             eos_token_ids=_token_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
             dtype_name=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
                 "torch."
@@ -163,12 +164,9 @@ def _sizes(config: Mapping[str, Any], family: Family, source: Path) -> dict[str,
         )
     }
     num_q_heads = sizes["num_q_heads"]
-    sizes["num_kv_heads"] = int(config.get("num_key_value_heads") or num_q_heads)
-    sizes["head_dim"] = int(
-        config.get("head_dim")
-        or family.head_dim
-        or sizes["hidden_size"] // num_q_heads  # as transformers does
-    )
+    sizes["num_kv_heads"] = _positive(config, "num_key_value_heads", source, num_q_heads)
+    derived = family.head_dim or sizes["hidden_size"] // num_q_heads  # as transformers does
+    sizes["head_dim"] = _positive(config, "head_dim", source, derived)
     if num_q_heads % sizes["num_kv_heads"]:
         raise ModelError(
             f"{source}: {num_q_heads} query heads are not a multiple of {sizes['num_kv_heads']} KV heads"
@@ -178,8 +176,8 @@ def _sizes(config: Mapping[str, Any], family: Family, source: Path) -> dict[str,
     return sizes
 
 
-def _positive(config: Mapping[str, Any], key: str, source: Path) -> int:
-    value = config.get(key)
+def _positive(config: Mapping[str, Any], key: str, source: Path, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or value <= 0:
         raise ModelError(f"{source}: {key} must be a positive integer, not {value!r}")
     return value

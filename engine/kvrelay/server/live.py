@@ -87,7 +87,7 @@ class LiveFeed:
             at_s=time.monotonic(),
             model=service.model_name,
             version=__version__,
-            mode=config.mode,
+            mode="colocated" if config.is_colocated else "disaggregated",
             policy=config.policy,
             num_requests=report.num_requests,
             num_output_tokens=report.num_output_tokens,

@@ -64,6 +64,7 @@ class FaultyTransport:
         self._held: list[_Held] = []
         self._outcomes: list[TransportEvent] = []
         self._tampered: list[_Tampered] = []
+        self._source: KVMemory | None = None
         self.counters: dict[str, int] = {}
         self._inner: Transport = open_transport(inner, site)
         self._wakeup = Wakeup()
@@ -72,10 +73,13 @@ class FaultyTransport:
         return self._inner.allocate(num_bytes)
 
     def register(self, store: KVStore) -> Descriptor:
+        self._source = store.memory
         return self._inner.register(store)
 
     def connect(self, peer: Descriptor) -> None:
         self._inner.connect(peer)
+        if "bitflip" in self._chance and not isinstance(self._peer_memory(peer.worker_id), KVMemory):
+            raise TransportError(f"bitflip: the pages of {peer.worker_id} are not mapped here")
 
     def write(self, write: Write) -> None:
         if self._strikes("hang"):
@@ -185,12 +189,12 @@ class FaultyTransport:
         self._tampered.remove(found)
         if isinstance(event, WriteFailed):
             return dataclasses.replace(event, write=found.asked)
-        memory = self._peer_memory(found.asked.peer)
         if found.flip is not None:
             byte, bit = found.flip
-            written = _first_bytes(memory, found.asked)
+            written = _first_bytes(self._peer_memory(found.asked.peer), found.asked)
             written[byte % len(written)] ^= 1 << bit
-        return dataclasses.replace(event, write=found.asked, num_bytes=num_bytes(memory, found.asked))
+        assert self._source is not None
+        return dataclasses.replace(event, write=found.asked, num_bytes=num_bytes(self._source, found.asked))
 
     def _peer_memory(self, peer: WorkerId) -> KVMemory:
         inner: Any = self._inner
