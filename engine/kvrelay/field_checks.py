@@ -1,6 +1,7 @@
 """Checks that settings share: each raises with the field, what was needed and what there was."""
 
 import math
+import threading
 
 from kvrelay.errors import InvalidConfig, UnknownName
 from kvrelay.types import BLOCK_SIZE
@@ -19,9 +20,10 @@ def check_at_least(field: str, value: float | None, least: float) -> None:
 
 
 def check_seconds(field: str, seconds: float | None) -> None:
-    """Raise `InvalidConfig` unless it is a finite number above 0; None passes."""
-    if seconds is not None and not 0.0 < seconds < math.inf:
-        raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0")
+    """Raise `InvalidConfig` for a time that nobody can wait; None passes."""
+    if seconds is not None and not 0.0 < seconds <= threading.TIMEOUT_MAX:
+        most = f"at most {threading.TIMEOUT_MAX:g}"
+        raise InvalidConfig(f"{field}={seconds!r}: expected seconds above 0, {most}")
 
 
 def check_chunk(field: str, chunk: int | None) -> None:

@@ -24,9 +24,9 @@ BLOCK_SIZE = 64
 LAYOUT_VERSION = 1
 
 
-def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
+def num_blocks(num_tokens: int) -> int:
     """Pages that `num_tokens` tokens occupy: the ceiling of the quotient."""
-    return -(-num_tokens // block_size)
+    return -(-num_tokens // BLOCK_SIZE)
 
 
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,9 +20,9 @@ HOME_OFFSETS = (-1, -1, 0, 1, 2, 4, 5, 6, 8, 9)
 """Per tree level, where a node lives relative to the first page after it; see ``node_home``."""
 
 
-def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
+def num_blocks(num_tokens: int) -> int:
     """Blocks that hold ``num_tokens`` tokens, the last one perhaps partly filled."""
-    return -(-num_tokens // block_size)
+    return -(-num_tokens // BLOCK_SIZE)
 
 
 def num_query_block_slots(total_q: int, batch: int) -> int:

@@ -81,7 +81,7 @@ def test_what_is_no_list_of_prompts_and_no_parameters_is_refused(tiny_directory:
     with tiny_llm(tiny_directory, mode="colocated") as llm:
         with pytest.raises(InvalidRequest, match="prompts: expected a list of prompts; got str"):
             next(llm.stream_many("text", greedy(2)))
-        with pytest.raises(InvalidRequest, match="params: expected SamplingParams or a list of them; got dict"):
+        with pytest.raises(InvalidRequest, match="expected SamplingParams or a list of them; got dict"):
             llm.generate("text", {"max_tokens": 2})  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest, match="params: expected SamplingParams; got dict"):
             llm.generate("text", [{"max_tokens": 2}])  # type: ignore[list-item]

@@ -4,7 +4,7 @@ Knows shapes, dtypes and bytes. Knows nothing about who owns which block.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -101,30 +101,30 @@ class KVStore:
 
         K and V before statistics; of `memory`, or of what peers wrote.
         """
-        memory, num_parts = self.landed if landed else self.memory, self.layout.num_parts
-        found = {}
-        for layer, numbers in tiles.items():
-            digests = []
-            for is_stats in (False, True):
-                chosen = [n for n in sorted(numbers) if (n % num_parts == num_parts - 1) is is_stats]
-                if chosen:
-                    parts = [number % num_parts for number in chosen]
-                    blocks = [block_ids[number // num_parts] for number in chosen]
-                    digests.append(memory.digest(layer, parts, blocks))
-            found[layer] = "/".join(digests)
-        return found
+        memory = self.landed if landed else self.memory
+        return {
+            layer: "/".join(
+                memory.digest(layer, parts, [block_ids[page] for page in pages])
+                for parts, pages in self._pieces(numbers)
+            )
+            for layer, numbers in tiles.items()
+        }
 
     def land_tiles(self, tiles: Mapping[int, Collection[int]], block_ids: Sequence[int]) -> None:
         """Make the landed bytes of the numbered tiles visible."""
         if self.memory is self.landed:
             return
-        num_parts = self.layout.num_parts
         for layer, numbers in tiles.items():
-            for is_stats in (False, True):
-                chosen = [n for n in numbers if (n % num_parts == num_parts - 1) is is_stats]
-                if chosen:
-                    blocks = [(block_ids[n // num_parts],) * 2 for n in chosen]
-                    self.memory.copy(self.landed, layer, [n % num_parts for n in chosen], blocks)
+            for parts, pages in self._pieces(numbers):
+                self.memory.copy(self.landed, layer, parts, [(block_ids[page],) * 2 for page in pages])
+
+    def _pieces(self, numbers: Collection[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Part and page of each numbered tile: of those of K and V, then of statistics, which never mix."""
+        num_parts = self.layout.num_parts
+        for is_stats in (False, True):
+            chosen = [n for n in sorted(numbers) if (n % num_parts == num_parts - 1) is is_stats]
+            if chosen:
+                yield [n % num_parts for n in chosen], [n // num_parts for n in chosen]
 
     def read_block(self, block: int) -> memoryview:
         """A copy of the block's bytes, K and V of every layer."""

@@ -6,16 +6,13 @@ from torch import Tensor
 from kvrelay_kernels.layout import BLOCK_SIZE
 from kvrelay_kernels.reference.sequences import Chunk, SequenceView, compute_dtype
 
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of log-sum-exps: float32, or float64 for float64 queries."""
-    return compute_dtype(dtype)
+TILE_ROWS = 256
 
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """What rows without any key give: ``out`` zero like ``q``, ``lse`` ``[rows, heads]`` minus infinity."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.full(q.shape[:2], -torch.inf, dtype=lse_dtype(q.dtype), device=q.device)
+    return out, torch.full(q.shape[:2], -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
 
 
 def attend_rows(
@@ -51,11 +48,11 @@ def visible_keys(blocks: Tensor, first_position: int, rows: int) -> Tensor:
     return positions.flatten(1)[:, None] <= query[:, None]
 
 
-def attend_dense(q: Tensor, chunk: Chunk, scale: float, tile_rows: int = 256) -> tuple[Tensor, Tensor]:
-    """Causal attention of a chunk's rows over its whole sequence, ``tile_rows`` rows at a time."""
+def attend_dense(q: Tensor, chunk: Chunk, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of a chunk's rows over its whole sequence, ``TILE_ROWS`` rows at a time."""
     out, lse = empty_outputs(q)
-    for start in range(0, chunk.q_len, tile_rows):
-        stop = min(start + tile_rows, chunk.q_len)
+    for start in range(0, chunk.q_len, TILE_ROWS):
+        stop = min(start + TILE_ROWS, chunk.q_len)
         last_block = (chunk.offset + stop - 1) // BLOCK_SIZE
         blocks = torch.arange(last_block + 1, device=q.device).expand(chunk.view.kv.num_kv_heads, -1)
         rows = q[start:stop]

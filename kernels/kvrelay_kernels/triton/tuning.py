@@ -87,10 +87,10 @@ def num_splits(rows: int, max_blocks: int, q: Tensor) -> int:
     return max(1, min(wanted, max_blocks, 128))
 
 
-def num_persistent(work: int, scratch_bytes: int, q: Tensor, per_processor: int = 4) -> int:
+def num_persistent(work: int, scratch_bytes: int, q: Tensor) -> int:
     """Persistent programs for ``work`` items, each with ``scratch_bytes``: at most 256 MiB of scratch."""
     fitting = max(1, (256 << 20) // max(scratch_bytes, 1))
-    wanted = per_processor * num_processors(q) if q.is_cuda else INTERPRETED_PROGRAMS
+    wanted = 4 * num_processors(q) if q.is_cuda else INTERPRETED_PROGRAMS
     return max(1, min(work, wanted, fitting))
 
 
