@@ -13,8 +13,9 @@ from kvrelay.metrics import WorkerTotals
 from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.request import RoutedRequest
 from kvrelay.router.settings import RouterSettings
+from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import SparseAttention, settings_of, sparse_settings
-from kvrelay.types import KVLayout, Phase, SamplingParams, WorkerId, num_blocks
+from kvrelay.types import KVLayout, Phase, WorkerId, num_blocks
 from kvrelay.wire import Hello, StepReport
 
 PAIR: tuple[Phase, Phase] = ("prefill", "decode")
