@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_pair.py --vllm vllm --model M --host 127.0.0.1 --port 8107 --dtype bfloat16
 
-One core for each, as `kvrelay-1P1D` has. A completion goes to the prefill server for one token that nobody
-sees; its answer says where the KV cache lies, and with that the request goes to the decode server, whose
-stream is passed on as it comes. vLLM's environment needs the `nixl` package. Runs until it is told to stop.
+Half of the cores for each, as `kvrelay-1P1D` has; left alone, vLLM's connector moves the threads of both
+that compute to the last core. A completion goes to the prefill server for one token that nobody sees; its
+answer says where the KV cache lies, and with that the request goes to the decode server, whose stream is
+passed on as it comes. vLLM's environment needs the `nixl` package. Runs until it is told to stop.
 """
 
 import argparse
@@ -14,8 +15,11 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import psutil
 
 CONNECTOR = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 HEADERS = {"Content-Type": "application/json"}
@@ -58,7 +62,7 @@ class Relay(BaseHTTPRequestHandler):
                 answer = self.server.ask(
                     self.server.decode_port, self.path, {**body, "kv_transfer_params": where}
                 )
-        except OSError as error:  # not up yet
+        except OSError as error:
             self.send_error(502, str(error))
             return
         self.send_response(answer.status)
@@ -88,6 +92,9 @@ def main() -> None:
     halves = (cores[:half], cores[half:]) if half else (cores, cores)
     servers = [start(options, index, share) for index, share in enumerate(halves, start=1)]
     try:
+        for index, (server, share) in enumerate(zip(servers, halves, strict=True), start=1):
+            wait_until_up(server, options.host, options.port + index)
+            keep_on(server.pid, share)
         Proxy(options.host, options.port, options.port + 1, options.port + 2).serve_forever()
     except KeyboardInterrupt:
         pass
@@ -116,6 +123,27 @@ def start(options: argparse.Namespace, index: int, cores: list[int]) -> "subproc
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port + 2),
     }
     return subprocess.Popen(shlex.split(command) + rest, env={**os.environ, **environment})
+
+
+def wait_until_up(server: "subprocess.Popen[bytes]", host: str, port: int) -> None:
+    """Until it says that it is healthy. Raises `SystemExit` where it ends instead."""
+    while server.poll() is None:
+        try:
+            connection = http.client.HTTPConnection(host, port, timeout=5.0)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise SystemExit(f"the server on port {port} ended with status {server.returncode}")
+
+
+def keep_on(pid: int, cores: list[int]) -> None:
+    """Every thread of a process and of what it started, on these cores."""
+    process = psutil.Process(pid)
+    for one in (process, *process.children(recursive=True)):
+        for thread in one.threads():
+            os.sched_setaffinity(thread.id, cores)
 
 
 if __name__ == "__main__":

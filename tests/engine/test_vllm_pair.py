@@ -1,6 +1,9 @@
 """The proxy before vLLM's pair. Prefill is asked for one token, and decode is told where the KV is."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,3 +82,26 @@ def test_a_side_that_is_not_up_is_an_error(pair: tuple[Any, Any, Any]) -> None:
     pair[1].server_close()
     with pytest.raises(ServerError, match="answered 502"):
         complete(Target("pair", f"http://127.0.0.1:{pair[0].server_port}", "m"), "a b c", 2)
+
+
+def test_every_thread_is_kept_on_its_cores(pair: tuple[Any, Any, Any]) -> None:
+    from vllm_pair import keep_on
+
+    cores = os.sched_getaffinity(0)
+    code = "import threading; threading.Thread(target=input).start(); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        keep_on(process.pid, [max(cores)])
+        threads = [int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()]
+        assert len(threads) == 2
+        assert all(os.sched_getaffinity(thread) == {max(cores)} for thread in threads)
+        process.communicate(b"a\nb\n")
+
+
+def test_a_server_that_ends_is_not_waited_for(pair: tuple[Any, Any, Any]) -> None:
+    from vllm_pair import wait_until_up
+
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match="status 3"):
+        wait_until_up(process, "127.0.0.1", 9)
