@@ -4,7 +4,8 @@
         [--cells 256x64@1 2048x64@4 …] [--rounds 3] [--dtype bfloat16] [--add]
 
 A cell is PROMPTxOUTPUT@CONCURRENCY, in tokens and requests in flight. A peer named in `servers.PEERS` that
-does not answer on its port is started, and stopped at the end; the others wait, idle, while one is measured.
+does not answer on its port is started, and ended at the end; the others wait, idle, while one is measured
+(those that `spins` says keep cores busy without requests are stopped meanwhile: let them be started here).
 The order turns round with every round. Prompts are windows of real text, each with its own beginning (no
 prefix cache helps) and exactly as many tokens as its cell says.
 
@@ -23,10 +24,11 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -38,11 +40,12 @@ from kvrelay.models.tokenizer import Tokenizer
 from load import earlier_results
 from openai_client import Exchange, Target, closed_loop
 from peers_report import print_ratios, summary, write_plot
-from servers import PEERS, find_target, is_up, started
+from servers import PEERS, Running, find_target, is_up, started, stopped
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(__file__).parent / "texts"
 CELLS = ("256x64@1", "256x64@4", "256x64@16", "2048x64@1", "2048x64@4")
+NOBODY: Mapping[str, int] = MappingProxyType({})
 FIRST_CHARACTERS = 16
 IDLE_PERCENT = 15.0  # of all cores: the noise of a machine on which nobody works
 IDLE_WITHIN_S = 60.0  # so long a run waits for that; the gate fails where it did not come
@@ -76,32 +79,38 @@ def main() -> None:
     targets = [find_target(spec, str(directory)) for spec in options.server]
     tokenizer = Tokenizer.from_directory(directory)
     runs: list[dict[str, Any]] = []
-    starts: dict[str, float] = {}
+    running: dict[str, Running] = {}
     try:
         with ExitStack() as stack:
             for asked in targets:
                 if asked.name in PEERS and not is_up(asked):
-                    seconds = stack.enter_context(started(asked.name, str(directory), options.dtype))
-                    starts[asked.name] = seconds
-                    print(f"{asked.name}: first token {seconds:.1f} s after the start", flush=True)
+                    peer = stack.enter_context(started(asked.name, str(directory), options.dtype))
+                    running[asked.name] = peer
+                    print(f"{asked.name}: first token {peer.start_s:.1f} s after the start", flush=True)
+            spinning = {name: peer.group for name, peer in running.items() if PEERS[name].spins}
             for index, cell in itertools.product(range(options.rounds), options.cells):
                 seed = f"{options.seed}/{cell}/{index}"
-                runs += run_round(targets, cell, prompts(tokenizer, cell, seed, options.waves), index)
+                texts = prompts(tokenizer, cell, seed, options.waves)
+                runs += run_round(targets, cell, texts, index, spinning)
     except KeyboardInterrupt:
         print("interrupted: what was measured of every server is recorded")
     path = RESULTS / f"{options.record}.json"
     earlier = earlier_results(path) if options.add else {"runs": [], "starts_s": {}, "commands": []}
-    write(options, path, earlier, runs, starts)
+    write(options, path, earlier, runs, {name: peer.start_s for name, peer in running.items()})
 
 
-def run_round(targets: Sequence[Target], cell: Cell, texts: list[str], index: int) -> list[dict[str, Any]]:
+def run_round(
+    targets: Sequence[Target], cell: Cell, texts: list[str], index: int, spinning: Mapping[str, int] = NOBODY
+) -> list[dict[str, Any]]:
     """One cell against every server in turn; one row of figures each, texts compared with the first's."""
     rows: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for asked in reversed(targets) if index % 2 else targets:
-        busy = _busy_percent()
-        closed_loop(asked, [texts[0][: len(texts[0]) // 4]], 4, 1)  # wake it up
-        exchanges, elapsed_s = closed_loop(asked, texts, cell.output_tokens, cell.concurrency)
+        with stopped(list(spinning.values())):
+            busy = _busy_percent()
+        with stopped([group for name, group in spinning.items() if name != asked.name]):
+            closed_loop(asked, [texts[0][: len(texts[0]) // 4]], 4, 1)  # wake it up
+            exchanges, elapsed_s = closed_loop(asked, texts, cell.output_tokens, cell.concurrency)
         row = {"server": asked.name, "cell": str(cell), "round": index, "busy_percent": busy}
         rows[asked.name] = {**row, **figures(exchanges, elapsed_s, cell)}
         answers[asked.name] = [exchange.text for exchange in exchanges]

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +56,14 @@ NEVER_STOP = '{"eos_token_id": -1, "pad_token_id": 0, "do_sample": false}'
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One row: port, command line (with `{model}`, `{port}`, `{dtype}`), and how it is told not to stop."""
+    """One row: port, command line (with `{model}`, `{port}`, `{dtype}`), and how it is told not to stop.
+
+    One that `spins` keeps cores busy without a request: it is stopped while others are measured.
+    """
 
     port: int
     command: str
+    spins: bool = False
     extra: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -85,6 +89,7 @@ PEERS = {
         8107,
         f"{sys.executable} {VLLM_PAIR} --vllm {{VLLM}} --model {{model}} --host {HOST} --port {{port}} "
         "--dtype {dtype}",
+        spins=True,  # a thread of UCX in each worker polls
         environment=VLLM_ENVIRONMENT,
     ),
 }
@@ -128,9 +133,29 @@ def is_up(asked: Target) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A peer that answers: its process group, and the seconds from start to first token."""
+
+    group: int
+    start_s: float
+
+
 @contextmanager
-def started(name: str, model: str, dtype: str) -> Iterator[float]:
-    """The peer, running; yields the seconds from start to first token. Stops its whole process group after.
+def stopped(groups: Sequence[int]) -> Iterator[None]:
+    """These process groups, without processor time meanwhile."""
+    try:
+        for group in groups:
+            os.killpg(group, signal.SIGSTOP)
+        yield
+    finally:
+        for group in groups:
+            os.killpg(group, signal.SIGCONT)
+
+
+@contextmanager
+def started(name: str, model: str, dtype: str) -> Iterator[Running]:
+    """The peer, running. Its whole process group is ended after.
 
     Raises `Unavailable` when its port is taken, or when it does not come up, with the end of what it printed.
     """
@@ -148,7 +173,7 @@ def started(name: str, model: str, dtype: str) -> Iterator[float]:
                     log.seek(0)
                     raise Unavailable(f"{name} did not start: {log.read()[-2000:].decode(errors='replace')}")
                 time.sleep(0.05)
-            yield time.perf_counter() - start_s
+            yield Running(process.pid, time.perf_counter() - start_s)
         finally:
             _stop(process)
 
@@ -179,7 +204,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what we started must not outlive us
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         for name in options.peers:
-            seconds = stack.enter_context(started(name, model, options.dtype))
+            seconds = stack.enter_context(started(name, model, options.dtype)).start_s
             print(f"{name} at {find_target(name, model).url}: first token after {seconds:.1f} s", flush=True)
         signal.pause()
 

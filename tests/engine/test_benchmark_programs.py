@@ -1,6 +1,7 @@
 """The measuring programs notice what they must: wrong counts, other words, servers' errors, broken bytes."""
 
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tiny_engine import write_tiny_model
@@ -110,6 +112,26 @@ def test_a_busy_machine_fails_the_gate(serve: Any) -> None:
     rows = run(serve(), serve())
     rows[0]["busy_percent"] = 50.0
     assert not peers.gate(rows, "float32").passed
+
+
+def test_a_peer_that_spins_is_stopped_while_others_are_measured(serve: Any, monkeypatch: Any) -> None:
+    import openai_client
+    import peers
+    from openai_client import Target
+
+    states: set[tuple[str, bool]] = set()
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+
+        def closed_loop(asked: Target, *rest: Any) -> Any:
+            states.add((asked.name, psutil.Process(process.pid).status() == "stopped"))
+            return openai_client.closed_loop(asked, *rest)
+
+        monkeypatch.setattr(peers, "closed_loop", closed_loop)
+        targets = [Target("kvrelay-x", serve(), "m"), Target("spinning", serve(), "m")]
+        peers.run_round(targets, peers.Cell.parse("40x6@1"), ["x" * 40], 0, {"spinning": process.pid})
+        states.add(("after", psutil.Process(process.pid).status() == "stopped"))
+        process.kill()
+    assert states == {("kvrelay-x", True), ("spinning", False), ("after", False)}
 
 
 @pytest.mark.parametrize("fault", ["refuse", "error", "no usage"])
