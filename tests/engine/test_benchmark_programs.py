@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -123,12 +124,14 @@ def test_a_peer_that_spins_is_stopped_while_others_are_measured(serve: Any, monk
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
 
         def closed_loop(asked: Target, *rest: Any) -> Any:
+            time.sleep(0.1)  # signals take effect when the process next runs
             states.add((asked.name, psutil.Process(process.pid).status() == "stopped"))
             return openai_client.closed_loop(asked, *rest)
 
         monkeypatch.setattr(peers, "closed_loop", closed_loop)
         targets = [Target("kvrelay-x", serve(), "m"), Target("spinning", serve(), "m")]
         peers.run_round(targets, peers.Cell.parse("40x6@1"), ["x" * 40], 0, {"spinning": process.pid})
+        time.sleep(0.1)
         states.add(("after", psutil.Process(process.pid).status() == "stopped"))
         process.kill()
     assert states == {("kvrelay-x", True), ("spinning", False), ("after", False)}
