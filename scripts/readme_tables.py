@@ -39,25 +39,22 @@ def selection(record: dict[str, Any]) -> str:
     return _table(rows) + _source(record, "selection.json")
 
 
-BESIDE_VLLM = (("kvrelay-colocated", "vllm"), ("kvrelay-1P1D", "vllm"), ("kvrelay-1P1D", "vllm-1P1D"))
-
-
 def peers(record: dict[str, Any]) -> str:
-    """Every server in every cell: output tokens/s and, in brackets, time to first token; ratios to vLLM's."""
+    """Every server in every cell: output tokens/s and, in brackets, time to first token; ratios to vLLM."""
     cells = record["results"]["cells"]
     names = list(dict.fromkeys(name for servers in cells.values() for name in servers))
-    pairs = [(ours, vllm) for ours in names for vllm in names if (ours, vllm) in BESIDE_VLLM]
-    rows = [["prompt x output @ in flight", *names, *(f"{ours} / {vllm}" for ours, vllm in pairs)]]
+    ours = [name for name in names if name.startswith("kvrelay")]
+    rows = [["prompt x output @ in flight", *names, *(f"{name} / vllm" for name in ours)]]
     for cell, servers in cells.items():
         figures = [
             f"{servers[n]['tokens_per_s']:.1f} ({servers[n]['ttft_ms']:.0f})" if n in servers else "-"
             for n in names
         ]
         ratios = [
-            f"{servers[ours]['tokens_per_s'] / servers[vllm]['tokens_per_s']:.2f}"
-            if {ours, vllm} <= servers.keys()
+            f"{servers[name]['tokens_per_s'] / servers['vllm']['tokens_per_s']:.2f}"
+            if {name, "vllm"} <= servers.keys()
             else "-"
-            for ours, vllm in pairs
+            for name in ours
         ]
         rows.append([cell, *figures, *ratios])
     return _table(rows) + _source(record, f"{record['name']}.json")
