@@ -81,9 +81,7 @@ class FileTier:
         if data is None:
             with self._changed:
                 self._sizes.pop(name, None)
-            with suppress(
-                OSError
-            ):  # a directory that cannot be written any more, say: it is missing all the same
+            with suppress(OSError):  # where nothing can be deleted it is missing all the same
                 self._path(name).unlink()
         return data
 
