@@ -6,7 +6,8 @@ process of its own, so that its costs are the kernel's and not a library's.
 Time to first token, from handing a request over to its first token in the client's hands, is mostly queueing
 at 16 requests at once, and differs by hundreds of milliseconds from round to round. So each request's is
 compared with what the engine's ledger says of the very same request: what is left is the way in and the way
-out, and what HTTP adds is how much longer these are through the server than through the Python API. The
+out, and what HTTP adds is how much longer these are through the server than through the Python API. A server
+of nothing but HTTP (`bare_server.py`) is measured beside ours: no server on this loop adds less. The
 clients begin one after the other and ask for answers of different lengths: they do not all come at once.
 """
 
@@ -24,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bare_server import start_bare_server
 from kvrelay import SamplingParams
 from kvrelay.experiments.record import Gate, make_record, write_record
 from kvrelay.llm import AsyncLLM
@@ -132,43 +134,44 @@ def start_server(llm: AsyncLLM) -> tuple[DrainingServer, threading.Thread, int]:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of each kind in turn, each first every other time; the first of each only warms up."""
+    """Rounds of each kind in turn, each first in its turn; the first of each only warms up."""
     llm = AsyncLLM(options.model, threads_per_worker=1)
     server, thread, port = start_server(llm)
-    numbers = (port, options.concurrency, options.requests, options.output_tokens)
+    ports = {"http": port, "bare": start_bare_server(llm.engine)}
+    numbers = (options.concurrency, options.requests, options.output_tokens)
     loop = asyncio.get_running_loop()
-    python: list[Round] = []
-    http: list[Round] = []
+    ways = ["python", *ports]
+    found: dict[str, list[Round]] = {way: [] for way in ways}
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             for number in range(options.rounds + 1):
-                if number % 2:
-                    http.append(await loop.run_in_executor(pool, over_http, *numbers))
-                python.append(await through_python(llm, options))
-                if not number % 2:
-                    http.append(await loop.run_in_executor(pool, over_http, *numbers))
+                for way in (*ways[number % 3 :], *ways[: number % 3]):
+                    if way == "python":
+                        one = await through_python(llm, options)
+                    else:
+                        one = await loop.run_in_executor(pool, over_http, ports[way], *numbers)
+                    found[way].append(one)
     finally:
         server.handle_exit(0, None)
         thread.join()
         await llm.close()
-    return compare(python[1:], http[1:])
+    return compare({way: rounds[1:] for way, rounds in found.items()})
 
 
-def compare(python: list[Round], http: list[Round]) -> dict[str, Any]:
+def compare(found: dict[str, list[Round]]) -> dict[str, Any]:
     """Medians over all requests, and over the rounds' ratios."""
-    ratios = [ours.tokens_per_s / theirs.tokens_per_s for theirs, ours in zip(python, http, strict=True)]
+    both = zip(found["python"], found["http"], strict=True)
+    ratios = [ours.tokens_per_s / theirs.tokens_per_s for theirs, ours in both]
     outside_ms, seen_ms = {}, {}
-    for way, rounds in (("python", python), ("http", http)):
+    for way, rounds in found.items():
         outside_ms[way] = 1e3 * statistics.median(s for one in rounds for s in one.outside_s)
         seen_ms[way] = 1e3 * statistics.median(s for one in rounds for s, _ in one.ttft_s)
     return {
         "ttft_p50_ms": seen_ms,
         "outside_the_ledger_p50_ms": outside_ms,
         "added_ttft_p50_ms": outside_ms["http"] - outside_ms["python"],
-        "tokens_per_s": {
-            "python": [one.tokens_per_s for one in python],
-            "http": [one.tokens_per_s for one in http],
-        },
+        "added_by_a_bare_server_ms": outside_ms["bare"] - outside_ms["python"],
+        "tokens_per_s": {way: [one.tokens_per_s for one in rounds] for way, rounds in found.items()},
         "throughput_ratio": statistics.median(ratios),
         "throughput_ratios": ratios,
     }

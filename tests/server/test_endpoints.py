@@ -233,6 +233,7 @@ def test_echo_scores_the_prompt_as_transformers_does(client: httpx.Client, tiny_
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     streamed = [value for c in chunks for value in c["choices"][0]["logprobs"]["token_logprobs"]]
     assert streamed[1:] == pytest.approx(found["token_logprobs"][1:], abs=1e-4)
+    assert "".join(c["choices"][0]["text"] for c in chunks) == choice["text"], "the prompt comes once"
     assert lines[-1] == "data: [DONE]"
 
 
@@ -288,8 +289,14 @@ def test_the_document_says_that_tokenize_takes_one_of_two(client: httpx.Client) 
 
 
 @pytest.mark.parametrize("asked", [None, False, True])
-def test_a_conversation_gets_special_tokens_only_when_asked(
-    client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch, asked: bool | None
+@pytest.mark.parametrize(("path", "unasked"), [("completions", True), ("chat/completions", False)])
+def test_special_tokens_go_with_a_text_unless_told_and_with_a_conversation_when_told(
+    client: httpx.Client,
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    unasked: bool,
+    asked: bool | None,
 ) -> None:
     encode, seen = served.engine.tokenizer.encode, []
 
@@ -298,9 +305,9 @@ def test_a_conversation_gets_special_tokens_only_when_asked(
         return encode(text, add_special_tokens)
 
     monkeypatch.setattr(served.engine.tokenizer, "encode", spy)
-    body = {"messages": HI, "max_tokens": 1, "add_special_tokens": asked}
-    assert client.post("/v1/chat/completions", json=body).status_code == 200
-    assert seen == [asked is True]
+    body = {"prompt": "x", "messages": HI, "max_tokens": 1, "add_special_tokens": asked}
+    assert client.post(f"/v1/{path}", json=body).status_code == 200
+    assert seen == [unasked if asked is None else asked]
 
 
 def test_the_page_is_one_file_without_foreign_parts(client: httpx.Client) -> None:

@@ -137,6 +137,13 @@ def test_the_completion_limit_has_the_newer_name_first(served: Served) -> None:
     assert answer["usage"]["completion_tokens"] == 3
 
 
+def test_without_a_limit_an_answer_ends_where_the_context_does(served: Served) -> None:
+    """OpenAI's default of 16 tokens is no wish: 1,020 of 1,024 leave four."""
+    answer = post(served, {"prompt": "x" * 1020, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_pieces_of_one_moment_are_one_chunk_for_each_choice() -> None:
     def event(number: int, text: str) -> StreamEvent:
         return StreamEvent(

@@ -97,6 +97,17 @@ def test_a_body_without_end_is_left_unread(
     assert 0.3 < ended_s < 3
 
 
+def test_a_body_that_turns_out_bad_after_the_answer_gets_no_other(small: Served) -> None:
+    with socket.create_connection(("127.0.0.1", small.port), timeout=5) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        said = connection.recv(65536)
+        connection.sendall(b"not a length\r\n")
+        with suppress(ConnectionResetError):
+            said += b"".join(iter(lambda: connection.recv(65536), b""))
+    assert said.startswith(b"HTTP/1.1 401")
+    assert said.count(b"HTTP/1.1") == 1
+
+
 def test_a_body_that_is_not_sent_ends_the_connection_too(
     small: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +125,7 @@ def test_a_body_that_was_read_leaves_the_connection_open(client: httpx.Client) -
     answer = client.post("/v1/completions", json={"prompt": ""})
     assert_is_refused(answer, 400)
     assert "connection" not in answer.headers
+    assert "connection" not in client.get("/v1/models").headers, "nor is one missed that never was"
 
 
 def test_every_route_refuses_other_methods(client: httpx.Client) -> None:

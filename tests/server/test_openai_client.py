@@ -141,7 +141,7 @@ def test_a_chat_stream_names_the_role_first(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True))
     deltas = [chunk.choices[0].delta for chunk in chunks]
-    assert deltas[0].role == "assistant"
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 

@@ -98,6 +98,7 @@ class DrainingServer(uvicorn.Server):
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
                 server_header=False,
+                proxy_headers=False,  # nothing here asks who the client says it is
             )
         )
         self._service: Service = app.state.service
