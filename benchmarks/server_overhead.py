@@ -135,7 +135,7 @@ def start_server(llm: AsyncLLM) -> tuple[DrainingServer, threading.Thread, int]:
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of each kind in turn, each first in its turn; the first of each only warms up."""
-    llm = AsyncLLM(options.model, threads_per_worker=1)
+    llm = AsyncLLM(options.model, mode=options.mode, threads_per_worker=1)
     server, thread, port = start_server(llm)
     ports = {"http": port, "bare": start_bare_server(llm.engine)}
     numbers = (options.concurrency, options.requests, options.output_tokens)
@@ -180,6 +180,7 @@ def compare(found: dict[str, list[Round]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--mode", default="disaggregated", help="colocated leaves one of two cores free")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--requests", type=int, default=2, help="of each stream in a round")
     parser.add_argument("--output-tokens", type=int, default=32)

@@ -1,5 +1,6 @@
 """Every route as a bare HTTP client sees it: documents, statuses, headers, and one shape for every error."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -13,6 +14,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvrelay.engine import Prepared
+from kvrelay.server import live
 from kvrelay.sampling_params import MAX_LOGPROBS
 from kvrelay.server.responses import ErrorResponse
 from kvrelay.types import RequestId
@@ -343,6 +345,25 @@ def test_the_feed_shows_what_runs_and_what_has_ended(client: httpx.Client, serve
     running = snapshot["in_flight"][-1]
     assert running["part"] in ("queue", "prefill", "transfer_wait", "decode_queue", "first_decode", "decode")
     assert running["num_prompt_tokens"] == 1
+
+
+def test_many_viewers_and_many_requests_cost_one_short_snapshot(
+    client: httpx.Client, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MAX_SHOWN", 2)
+    body = {"prompt": "x", "max_tokens": 1000, "stream": True, "ignore_eos": True, "n": 5}
+
+    async def look() -> tuple[bytes, bytes]:
+        feed = live.LiveFeed(served.server._service)
+        return await feed.latest(), await feed.latest()
+
+    with client.stream("POST", "/v1/completions", json=body) as busy:
+        lines = busy.iter_lines()
+        next(lines)
+        first, second = asyncio.run(look())
+    assert first is second, "taken once for both"
+    snapshot = json.loads(first.removeprefix(b"data: "))
+    assert (len(snapshot["in_flight"]), snapshot["num_in_flight"]) == (2, 5)
 
 
 def test_errors_of_the_engine_have_their_statuses(tiny_directory: Path) -> None:

@@ -107,6 +107,15 @@ def test_offsets_count_characters_not_bytes(served: Served) -> None:
     assert found["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "!"]
 
 
+def test_special_tokens_take_no_room_in_the_text(served: Served) -> None:
+    special = next(token for token in range(258) if served.engine.tokenizer.is_special(token))
+    first, last = served.engine.tokenizer.encode("hi")
+    body = {"prompt": [first, special, last], "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = post(served, body).json()["choices"][0]
+    assert choice["text"] == "hi"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1]
+
+
 def test_a_tokens_own_log_probability_is_among_the_alternatives(served: Served) -> None:
     body = {"prompt": "x", "logprobs": 1, "max_tokens": 8, "seed": 1, "temperature": 5.0, "ignore_eos": True}
     found = post(served, body).json()["choices"][0]["logprobs"]

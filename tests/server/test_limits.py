@@ -43,8 +43,10 @@ def client(guarded: Served) -> Iterator[httpx.Client]:
 
 def test_every_route_but_health_needs_the_key(client: httpx.Client) -> None:
     assert client.get("/health").status_code == 200
-    paths = client.get("/openapi.json", headers=KEY).json()["paths"]
+    document = client.get("/openapi.json", headers=KEY).json()
+    paths = document["paths"]
     assert len(paths) >= 14
+    assert (document["security"], paths["/health"]["get"]["security"]) == ([{"key": []}], [])
     for path, operations in [*paths.items(), ("/openapi.json", {"get": 0}), ("/nowhere", {"get": 0})]:
         for method in operations:
             if path != "/health":
