@@ -14,8 +14,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvrelay.engine import Prepared
-from kvrelay.server import live
 from kvrelay.sampling_params import MAX_LOGPROBS
+from kvrelay.server import live
 from kvrelay.server.responses import ErrorResponse
 from kvrelay.types import RequestId
 from kvrelay.version import __version__
