@@ -52,11 +52,16 @@ def test_tokens_beyond_the_trained_length_equal_those_of_transformers(
     )
     model.generation_config.eos_token_id = None
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, 300:].tolist()
+    with torch.inference_mode():
+        scores = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
     with tiny_llm(short_directory, rope_scaling=f"{kind}:4", num_kv_blocks=None, num_kv_tokens=700) as llm:
         assert llm.engine.max_model_len == 512
-        (output,) = llm.generate(prompt, greedy(40))
+        (output,) = llm.generate(prompt, greedy(40, prompt_logprobs=0))
         assert {worker.num_blocks for worker in llm.report().workers} == {num_blocks(700)}
     assert output.token_ids == expected
+    found = [each.logprob for each in output.prompt_logprobs or () if each is not None]
+    wanted = [scores[position, token].item() for position, token in enumerate(prompt[1:])]
+    assert found == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kvrelay import SamplingParams, SparseAttention, StreamEvent, outputs
 from kvrelay.errors import InvalidConfig, InvalidRequest
 from kvrelay.models.spec import ModelSpec
 from kvrelay.request_checks import check_layers
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm, write_tiny_model
 
 LENGTHS = (1, 2, 65, 257, 300, 513, 700, 840)
 MAX_TOKENS = 140
@@ -108,6 +108,29 @@ def test_tokens_of_every_setting_are_equal_however_they_are_served(
     for output in found[0] if "decode_budget_tokens" in VARIANTS[variant] else []:
         most = (sparse.budget(is_generated=True) * 3 + 940) / 4  # one layer of four is dense
         assert output.attention["decode"].attended_tokens_per_query <= most
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_a_long_prompt_is_cut_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, exact: bool
+) -> None:
+    """Of 46 blocks the queries of a group name six together: with fewer queries they would be others."""
+    directory = write_tiny_model(tmp_path_factory.mktemp("long"), max_position_embeddings=4096)
+    sparse, texts = msgspec.structs.replace(SPARSE, exact=exact), prompts(2900, 2700)
+    params = greedy(8, logprobs=0)
+    whole = {"mode": "colocated", "max_num_seqs": 1, "prefill_chunk_tokens": None}
+    found = []
+    for way in (whole, {"prefill_chunk_tokens": 256}, {"mode": "colocated"}):
+        with tiny_llm(directory, attention=sparse, num_kv_blocks=100, **way) as llm:
+            if way is not whole:  # what ends within a group is not shared
+                llm.generate([text[:1400] for text in texts], greedy(1))
+            found.append(llm.generate(texts, params))
+    for served in found[1:]:
+        assert [output.num_cached_tokens for output in served] == [1280, 1280]
+        for output, expected in zip(served, found[0], strict=True):
+            assert output.token_ids == expected.token_ids
+            logprobs, others = ([each.logprob for each in o.logprobs or ()] for o in (output, expected))
+            assert logprobs == pytest.approx(others, abs=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["disaggregated", "colocated"])

@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvrelay import EngineConfig, SamplingParams, SparseAttention
 from kvrelay.errors import InvalidConfig, InvalidRequest
@@ -57,6 +59,34 @@ def test_a_bad_setting_is_refused_by_name(wrong: dict[str, Any]) -> None:
         SparseAttention(**wrong)
     with pytest.raises(InvalidConfig, match=field):
         EngineConfig.of(model="m", attention=wrong)
+
+
+numbers = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([64, 576, 640, 2**31 - 64]), st.sampled_from([2**63, 2**64])
+)
+values = st.one_of(
+    st.none(), st.booleans(), numbers, st.text(max_size=4), st.lists(numbers, max_size=3), st.just("auto")
+)
+
+
+@settings(deadline=None)  # the first example imports torch
+@given(st.dictionaries(st.sampled_from(SparseAttention.__struct_fields__), values, max_size=4))
+def test_whatever_is_asked_for_is_refused_by_name_or_can_be_computed(asked: dict[str, Any]) -> None:
+    from kvrelay.attention.call import selection_config
+
+    try:
+        sparse = SparseAttention(**asked)
+    except InvalidConfig:
+        with pytest.raises(InvalidConfig, match=f"^({'|'.join(SparseAttention.__struct_fields__)})="):
+            SparseAttention(**asked)
+        with pytest.raises(InvalidConfig, match=r"^(attention|\w+=)"):
+            EngineConfig.of(model="m", attention=asked)
+        return
+    assert msgspec.json.decode(msgspec.json.encode(sparse), type=SparseAttention) == sparse
+    for num_pages in (1, 40):
+        for one_by_one in (False, True):
+            config = selection_config(sparse, num_pages, one_by_one=one_by_one)
+            assert config.budget <= num_pages + 1
 
 
 def test_settings_that_mean_the_same_are_written_alike() -> None:

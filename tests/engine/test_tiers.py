@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -15,10 +16,14 @@ from msgspec.structs import replace
 from kvrelay import LLM, EngineConfig, SparseAttention
 from kvrelay.cache import file_tier
 from kvrelay.cache.file_tier import DIGEST_BYTES, MAGIC, FileTier
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.pool import BlockPool
+from kvrelay.cache.store import KVStore
 from kvrelay.cache.tiers import Content, HostTier, Tiers
 from kvrelay.errors import InvalidConfig
+from kvrelay.types import KVLayout
 from kvrelay.worker import loading
+from kvrelay.worker.backing import PageBacking
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 NAMES = [bytes([index]) * 16 for index in range(12)]
@@ -363,6 +368,25 @@ def test_what_an_earlier_process_left_is_news_at_first() -> None:
     memory = Memory(2, 1000)
     memory.tiers.put(NAMES[0], content(0, 16))
     assert BlockPool(2, memory).take_changes(100) == ([NAMES[0]], [])
+
+
+def test_blocks_come_back_with_the_statistics_that_they_left_with() -> None:
+    layout = KVLayout(model="m", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8)
+    buffer = memoryview(bytearray(memory_bytes(layout, 12, keeps_stats=True)))
+    store = KVStore(layout, 12, buffer, torch.device("cpu"), keeps_stats=True)
+    backing = PageBacking(store, Tiers([HostTier(10**9)], Counter()))
+    store.pages.normal_()
+    store.refresh_stats(range(4), 256)
+    for name, block in zip(NAMES, range(4), strict=False):
+        backing.save(name, block)
+    backing.fill([4, 5, 6, 7], backing.fetch(NAMES[:6]))
+    backing.fill([0, 1, 8, 9], backing.fetch(NAMES[2:4]))
+    for stored in store.memory.tensors:
+        blocks = stored if stored.dim() == 3 else stored.transpose(1, 2)
+        assert torch.equal(blocks[:, 4:8].nan_to_num(), blocks[:, :4].nan_to_num())
+        assert torch.equal(blocks[:, 8:10].nan_to_num(), blocks[:, 2:4].nan_to_num())
+    assert store.memory.vectors[:, :3, 4:10].isfinite().all()
+    assert store.memory.vectors[:, 3:, [7, 9]].isfinite().all(), "the node of four blocks lies in the last"
 
 
 def talk(llm: LLM, turns: int) -> tuple[list[list[int]], list[int]]:

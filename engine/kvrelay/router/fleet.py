@@ -61,7 +61,7 @@ class Fleet:
     def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
         """Raise `PoolTooSmall` when no worker could ever hold the request, alone."""
         for phase in PAIR:
-            error = _too_small(self.alive(phase), num_prompt_tokens, max_total_tokens)
+            error = self._too_small(self.alive(phase), num_prompt_tokens, max_total_tokens)
             if error is not None:
                 raise error
 
@@ -75,7 +75,7 @@ class Fleet:
             if not alive:
                 last = "" if request.last_error is None else f"; the last attempt: {request.last_error}"
                 return NoWorker(f"no {phase} worker is alive{last}")
-            error = _too_small(alive, request.num_prompt_tokens, request.max_total_tokens)
+            error = self._too_small(alive, request.num_prompt_tokens, request.max_total_tokens)
             if error is not None:
                 return request.last_error or error
         return None
@@ -195,22 +195,24 @@ class Fleet:
     def _stays_local(self, decode: Load, num_tokens: int, num_cached: int) -> bool:
         return num_tokens == 0 or 0 < num_tokens - num_cached <= self.local_prefill_tokens
 
+    def _too_small(
+        self, loads: list[Load], num_prompt_tokens: int, max_total_tokens: int
+    ) -> PoolTooSmall | None:
+        """The error of a request that none of these could hold, if that is so; None where there are none."""
+        needed = num_blocks(max_total_tokens)
+        largest = max(loads, key=lambda load: load.num_blocks, default=None)
+        if largest is None or largest.num_blocks >= needed:
+            return None
+        return PoolTooSmall(
+            f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
+            f"{max_total_tokens - num_prompt_tokens} to generate), "
+            f"{needed * self._layout.block_bytes} bytes; "
+            f"the pool of {largest.worker_id} has {largest.num_blocks}"
+        )
+
 
 def _usable(loads: list[Load], request: RoutedRequest, now_s: float) -> list[Load]:
     """Those that are not draining; of these, where that leaves any, those that seem sound to this request."""
     settled = [load for load in loads if not load.is_draining]
     sound = [load for load in settled if load.breaker.allows(now_s)] or settled
     return [load for load in sound if load.worker_id != request.avoid] or sound
-
-
-def _too_small(loads: list[Load], num_prompt_tokens: int, max_total_tokens: int) -> PoolTooSmall | None:
-    """The error of a request that none of these could hold, if that is so; None where there are none."""
-    needed = num_blocks(max_total_tokens)
-    largest = max(loads, key=lambda load: load.num_blocks, default=None)
-    if largest is None or largest.num_blocks >= needed:
-        return None
-    return PoolTooSmall(
-        f"the request may need {needed} KV blocks ({num_prompt_tokens} prompt tokens, "
-        f"{max_total_tokens - num_prompt_tokens} to generate); the pool of "
-        f"{largest.worker_id} has {largest.num_blocks}"
-    )
