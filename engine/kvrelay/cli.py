@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvrelay.config import cache_home
 from kvrelay.engine_options import engine_options
@@ -70,7 +70,7 @@ def models_pull(name: str, json_output: Json = False) -> None:
 def models_list(json_output: Json = False) -> None:
     """Models that are here, and those that can be pulled by name."""
     found = hub.pulled(cache_home())
-    table = Table("model", "size", "from", "directory")
+    table = Table("model", "size", "from", Column("directory", overflow="fold"))
     for model in found:
         table.add_row(model.name, f"{model.num_bytes / 1e6:.0f} MB", model.source, str(model.path))
     for name in sorted(set(hub.KNOWN) - {model.name for model in found}):

@@ -65,8 +65,14 @@ class Tokenizer:
         return cls(backend, _special_tokens(names), load_chat_template(directory, config))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`; special tokens spelled in the text are recognised."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Return the ids of `text`; special tokens spelled in the text are recognised.
+
+        Raises `InvalidRequest` for what is no text: UTF-8 carries no lone surrogates.
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:
+            raise InvalidRequest(f"the text cannot be encoded: {error}") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
