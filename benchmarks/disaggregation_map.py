@@ -39,7 +39,7 @@ def main() -> None:
     for index in range(first, first + options.rounds):
         alone_s: dict[str, float] = rows[0]["alone_s"] if rows else {}
         for mode in MODES[:: -1 if rows and index % 2 else 1]:
-            with LLM(options.model, dtype=options.dtype, mode=mode) as llm:
+            with LLM(options.model, dtype=options.dtype, mode=mode, prefix_cache=False) as llm:  # prompts recur
                 alone_s = alone_s or _alone_s(llm, options)
                 for length in options.lengths:
                     for load in options.loads:
