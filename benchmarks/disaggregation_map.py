@@ -8,7 +8,8 @@ the rate that colocated serves them at one after the other, and ask for `--outpu
 disaggregation lost.
 
 Configurations alternate, each in an engine of its own; medians over rounds; the gate: every request was
-answered with exactly its tokens, the same (float32, greedy) in every round and configuration. `--add` adds
+answered with exactly its tokens, the same (float32, greedy) in every round and configuration. There is no
+prefix cache: each cell's prompts begin alike, and would find one another. `--add` adds
 rounds to the record of earlier calls at the same commit. The last line is the JSON record, also under
 benchmarks/results/.
 """
@@ -39,7 +40,7 @@ def main() -> None:
     for index in range(first, first + options.rounds):
         alone_s: dict[str, float] = rows[0]["alone_s"] if rows else {}
         for mode in MODES[:: -1 if rows and index % 2 else 1]:
-            with LLM(options.model, dtype=options.dtype, mode=mode, prefix_cache=False) as llm:  # prompts recur
+            with LLM(options.model, dtype=options.dtype, mode=mode, prefix_cache=False) as llm:
                 alone_s = alone_s or _alone_s(llm, options)
                 for length in options.lengths:
                     for load in options.loads:
