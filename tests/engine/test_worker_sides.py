@@ -16,6 +16,7 @@ from kvrelay.cache.arrivals import Arrivals, Lacking, Tiles
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import Prefixes
 from kvrelay.cache.store import KVStore
+from kvrelay.codec import encode
 from kvrelay.config import EngineConfig, WorkerConfig
 from kvrelay.errors import TransportError
 from kvrelay.sampling_params import SamplingParams
@@ -39,6 +40,7 @@ from kvrelay.wire import (
     Wanted,
     WriterGone,
 )
+from kvrelay.worker import relay
 from kvrelay.worker.decode import DecodeSide
 from kvrelay.worker.parts import WorkerParts
 from kvrelay.worker.prefill import PrefillSide
@@ -847,6 +849,25 @@ def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(early: Bench) -> No
     assert "decode was silent for 8 s" in failure.message
     assert early.said(WriterGone)
     assert early.pool.num_free == NUM_BLOCKS
+
+
+def test_what_no_message_can_name_is_handed_off_in_full(
+    early: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = tuple(range(2**32 - 1000, 2**32))
+    message = arrived(remote_ticket(spec("a", 400)), may_start=True, tiles={0: numbers, 1: numbers})
+    assert len(encode(message)) < 6 * 2 * len(numbers), "what a tile takes of a message"
+    num_tiles = num_blocks(399) * LAYOUT.num_parts * LAYOUT.num_layers
+    for first, most, parts in ((5, num_tiles, True), (6, num_tiles - 1, False)):
+        monkeypatch.setattr(relay, "MAX_TOLD_TILES", most)
+        early.transport.notices.clear()
+        early.post(spec("a", 400, first))
+        early.compute_all()
+        while early.transport.writes:
+            early.complete(1)
+        assert bool(early.transport.told(Arrived)) is parts
+        assert early.transport.told(Filled)
+        assert early.pool.num_free == NUM_BLOCKS
 
 
 def test_statistics_of_a_cached_prompt_leave_before_any_layer(

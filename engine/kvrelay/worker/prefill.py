@@ -46,7 +46,7 @@ class PrefillSide:
             job = PrefillJob(message.request, ticket, is_local=False)
             if self._parts.config.engine.kv_handoff == "sparse":
                 sparse = self._parts.runner.sparse_of(message.request)
-                job.starts_early = starts_early(sparse, job.num_tokens)
+                job.starts_early = starts_early(sparse, job.num_tokens) and self._relay.can_tell(job)
             self._scheduler.add(job)
             return
         blocks = self._decode.tickets.blocks(ticket.ticket_id)

@@ -7,6 +7,7 @@ reads overtake the rest, so do the tiles that the prompt's last queries read, an
 import time
 from collections.abc import Collection, Mapping
 
+from kvrelay.codec import MAX_MESSAGE_BYTES
 from kvrelay.scheduler.prefill import Posted, PrefillJob
 from kvrelay.sparse import SparseAttention
 from kvrelay.transport.base import Write, WriteDone
@@ -15,6 +16,7 @@ from kvrelay.wire import Arrived
 from kvrelay.worker.parts import WorkerParts
 
 TILES_PER_WRITE = 128  # of what is not urgent: an urgent write waits for one of these at most
+MAX_TOLD_TILES = MAX_MESSAGE_BYTES // 6  # a tile's number takes five bytes of a message at most
 
 
 class Relay:
@@ -23,6 +25,11 @@ class Relay:
     def __init__(self, parts: WorkerParts) -> None:
         self._parts, self._layout = parts, parts.store.layout
         self._layers = range(parts.store.layout.num_layers)
+
+    def can_tell(self, job: PrefillJob) -> bool:
+        """Whether one message can name all of the job's tiles."""
+        num_tiles = num_blocks(job.num_tokens) * self._layout.num_parts * self._layout.num_layers
+        return num_tiles <= MAX_TOLD_TILES
 
     def send(self, job: PrefillJob, layer: int, pages: range) -> None:
         """Post K and V of those of the pages that decode lacks."""
