@@ -102,7 +102,8 @@ def test_what_does_not_finish_in_time_is_ended(tiny_directory: Path, no_leftover
 def test_a_second_signal_does_not_wait(tiny_directory: Path, no_leftovers: None) -> None:
     with process(tiny_directory, "--set", "max_num_seqs=1") as (server, url):
         with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 64}, timeout=60) as stream:
-            next(stream.iter_raw())
+            pieces = stream.iter_raw()  # held: a dropped iterator closes the stream
+            next(pieces)
             server.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 server.wait(1)
@@ -117,7 +118,8 @@ def test_who_looks_at_the_page_does_not_hold_the_server(tiny_directory: Path, no
         process(tiny_directory) as (server, url),
         httpx.stream("GET", f"{url}/v1/kvrelay/live", timeout=60) as stream,
     ):
-        next(stream.iter_raw())
+        pieces = stream.iter_raw()
+        next(pieces)
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
 
