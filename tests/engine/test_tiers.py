@@ -227,6 +227,15 @@ def test_a_directory_in_use_is_refused_until_it_is_not(tmp_path: Path) -> None:
     FileTier(tmp_path, 1000).close()
 
 
+def test_a_directory_that_cannot_be_tidied_is_refused_and_let_go(tmp_path: Path) -> None:
+    (tmp_path / "x.partial").mkdir()
+    for _ in range(2):
+        with pytest.raises(InvalidConfig, match=r"kv_file_directory=.*: .*x\.partial"):
+            FileTier(tmp_path, 1000)
+    (tmp_path / "x.partial").rmdir()
+    FileTier(tmp_path, 1000).close()
+
+
 def test_a_full_disk_leaves_no_half_file_and_keeps_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +271,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_missing(
     monkeypatch.setattr(Path, "unlink", read_only)
     assert tier.get(NAMES[0]) is None
     assert NAMES[0] not in tier
+    assert tier.num_bytes == 0
     tier.close()
 
 

@@ -38,7 +38,12 @@ class FileTier:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory, self._max_bytes = directory, max_bytes
         self._lock = _locked(directory)
-        self._sizes = _found(directory)
+        try:
+            self._sizes = _found(directory)
+        except InvalidConfig:
+            os.close(self._lock)
+            raise
+        self._num_bytes = sum(self._sizes.values())
         self._unwritten: dict[bytes, Content] = {}
         self._unwritten_bytes = 0
         self._due: deque[bytes] = deque()  # names whose file may not be as `_sizes` and `_unwritten` say
@@ -53,7 +58,7 @@ class FileTier:
     def num_bytes(self) -> int:
         """Bytes of all files, those still to be written included."""
         with self._changed:
-            return sum(self._sizes.values())
+            return self._num_bytes
 
     def put(self, name: bytes, data: Content) -> list[tuple[bytes, Content]]:
         size = len(MAGIC) + DIGEST_BYTES + len(data)
@@ -63,6 +68,7 @@ class FileTier:
             if size > self._max_bytes or self._unwritten_bytes + len(data) > MAX_UNWRITTEN_BYTES:
                 return [(name, data)]
             self._sizes[name], self._unwritten[name] = size, data
+            self._num_bytes += size
             self._unwritten_bytes += len(data)
             self._due.append(name)
             dropped = self._shrink()
@@ -80,7 +86,7 @@ class FileTier:
         data = _read(self._path(name), name, size)
         if data is None:
             with self._changed:
-                self._sizes.pop(name, None)
+                self._drop(name)
             with suppress(OSError):  # where nothing can be deleted it is missing all the same
                 self._path(name).unlink()
         return data
@@ -108,14 +114,17 @@ class FileTier:
 
     def _shrink(self) -> list[tuple[bytes, Content]]:
         """Give up the longest unused; called with the lock held."""
-        num_bytes, dropped = sum(self._sizes.values()), list[tuple[bytes, Content]]()
-        while num_bytes > self._max_bytes:
+        dropped: list[tuple[bytes, Content]] = []
+        while self._num_bytes > self._max_bytes:
             oldest = next(iter(self._sizes))
-            num_bytes -= self._sizes.pop(oldest)
+            self._drop(oldest)
             self._forget(oldest)
             self._due.append(oldest)
             dropped.append((oldest, b""))
         return dropped
+
+    def _drop(self, name: bytes) -> None:
+        self._num_bytes -= self._sizes.pop(name, 0)
 
     def _forget(self, name: bytes) -> None:
         self._unwritten_bytes -= len(self._unwritten.pop(name, b""))
@@ -135,7 +144,7 @@ class FileTier:
                     self._path(name).unlink(missing_ok=True)
             except OSError:  # a full disk is no reason to fail a request: the block is not kept
                 with self._changed:
-                    self._sizes.pop(name, None)
+                    self._drop(name)
             with self._changed:
                 self._due.popleft()
                 if self._unwritten.get(name) is data:
