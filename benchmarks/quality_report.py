@@ -108,21 +108,31 @@ def _row(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, Any]:
     }
     for part, tasks in (("needle", ("needle",)), ("ruler", RULER)):
         keys = [key for key in shared if key[0] in tasks]
+        scores, of_dense = (_by_task(found, keys) for found in (own, dense))
         row |= {
-            part: _mean(fmean(own[key].scores.values()) for key in keys),
-            f"{part}_of_dense": _mean(fmean(dense[key].scores.values()) for key in keys),
-            f"num_{part}_questions": sum(len(own[key].scores) for key in keys),
-            f"{part}_standard_error": _standard_error([s for key in keys for s in own[key].scores.values()]),
+            part: _mean(fmean(task) for task in scores.values()),
+            f"{part}_of_dense": _mean(fmean(task) for task in of_dense.values()),
+            f"num_{part}_questions": sum(map(len, scores.values())),
+            f"{part}_standard_error": _standard_error(list(scores.values())),
         }
     return row
 
 
-def _standard_error(scores: Sequence[float]) -> float | None:
-    """Of the mean of independent scores from 0 to 1, as if each were a coin's (the binomial error)."""
-    if not scores:
+def _by_task(found: dict[Key, Any], keys: Sequence[Key]) -> dict[tuple[str, int], list[float]]:
+    """Scores of all questions of a task; RULER's tasks at each length by themselves, as RULER counts them."""
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for part, length, seed in keys:
+        task = (part, length if part in RULER else 0)
+        scores[task] += found[part, length, seed].scores.values()
+    return scores
+
+
+def _standard_error(tasks: Sequence[Sequence[float]]) -> float | None:
+    """Of the mean of the tasks' means, as if each score from 0 to 1 were a coin's (the binomial error)."""
+    if not tasks:
         return None
-    share = fmean(scores)
-    return math.sqrt(share * (1 - share) / len(scores))
+    variances = [fmean(scores) * (1 - fmean(scores)) / len(scores) for scores in tasks]
+    return math.sqrt(sum(variances)) / len(tasks)
 
 
 def _needles(own: dict[Key, Any]) -> dict[str, dict[str, dict[str, float]]]:

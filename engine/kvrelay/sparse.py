@@ -30,11 +30,12 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Always among them are the first `sink_blocks`, the last `local_blocks` and the query's own block.
     `dense_layers` read everything. So do queries at positions below `dense_below_tokens`; `"auto"` measures
     once where selection starts to pay on this machine. `decode_budget_tokens=None` is the same budget for
-    generated tokens. `top_p` stops earlier, once the blocks taken hold that share of the estimated attention.
+    generated tokens. `top_p` stops before the budget, once the blocks taken hold that share of the attention
+    to the candidates; None reads the whole budget.
 
-    Lists are shared by the heads of a KV group, and the queries of a block rank candidates by two of its 64.
-    With `exact`, each query head has a list of its own and every query ranks: the same number of keys comes
-    closer to dense, and choosing them costs about what reading `budget_tokens` does.
+    With `exact`, each query head has a list of its own, ranked by every query of a block. Without, the heads
+    of a KV group share one, ranked by two of a block's 64 queries: that is chosen in less time, and further
+    from dense at the same number of keys.
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
@@ -42,12 +43,12 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     selector: str = "tree"
     budget_tokens: int = 4096
     sink_blocks: int = 1
-    local_blocks: int = 8
+    local_blocks: int = 2
     dense_layers: tuple[int, ...] = ()
     dense_below_tokens: int | Literal["auto"] = "auto"
     decode_budget_tokens: int | None = None
-    top_p: float | None = None
-    exact: bool = False
+    top_p: float | None = 0.97
+    exact: bool = True
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -124,8 +125,8 @@ class AttentionUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | None:
     """What a name stands for; None is dense.
 
-    `"auto"` is the default settings, dense below the machine's crossover. `"sparse"` is the same without
-    that, so that results are the same on every machine. Raises `UnknownName`.
+    `"auto"` is the default settings, dense below the machine's crossover. `"sparse"` is dense up to the
+    budget in its place, so that results are the same on every machine. Raises `UnknownName`.
     """
     if isinstance(attention, SparseAttention):
         return attention
@@ -133,7 +134,10 @@ def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | Non
         raise UnknownName(f"attention={attention!r}: expected {', '.join(ATTENTION)} or SparseAttention(...)")
     if attention == "dense":
         return None
-    return SparseAttention() if attention == "auto" else SparseAttention(dense_below_tokens=0)
+    auto = SparseAttention()
+    if attention == "auto":
+        return auto
+    return msgspec.structs.replace(auto, dense_below_tokens=auto.budget_tokens)
 
 
 def settings_of(

@@ -119,7 +119,7 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
     for one in cells:
         grouped.setdefault(one.settings, {})[one.part, one.length, one.seed] = one
     dense, sparse = (quality_report._row(grouped, name) for name in ("dense", "sparse"))
-    assert (dense["needle"], dense["num_needle_questions"]) == (0.75, 3)
+    assert (dense["needle"], dense["num_needle_questions"]) == (pytest.approx(2.5 / 3), 3)
     assert (sparse["needle"], sparse["needle_of_dense"], sparse["num_needle_questions"]) == (0.5, 1.0, 2)
     assert sparse["needle_standard_error"] == pytest.approx((0.25 / 2) ** 0.5)
     assert (dense["ruler"], sparse["ruler"], sparse["ruler_standard_error"]) == (1.0, None, None)

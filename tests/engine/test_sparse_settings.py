@@ -27,7 +27,7 @@ from kvrelay.sparse import (
         {"selector": "best"},
         {"budget_tokens": 0},
         {"budget_tokens": 1000},
-        {"budget_tokens": 512},  # 1 sink and 8 local blocks are 576 tokens
+        {"budget_tokens": 128},  # 1 sink and 2 local blocks are 192 tokens
         {"budget_tokens": "many"},
         {"budget_tokens": True},
         {"sink_blocks": -1},

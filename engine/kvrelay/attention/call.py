@@ -55,10 +55,19 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
     return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config
 
 
-def list_members(q: torch.Tensor, num_kv_heads: int, sparse: SparseAttention) -> list[slice]:
-    """The heads of `q [rows, num_q_heads, head_dim]` that share lists, one set after the other."""
-    count = q.shape[1] // num_kv_heads if sparse.exact else 1
-    return [slice(member, None, count) for member in range(count)]
+def heads_apart(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The query heads of a group as rows of their own: a list is for the heads of a group in one row.
+
+    `q [rows, num_q_heads, head_dim]` becomes `[group * rows, num_kv_heads, head_dim]`: every group's first
+    head in all rows, then every group's second, and so on.
+    """
+    rows, _, head_dim = q.shape
+    return q.view(rows, num_kv_heads, -1, head_dim).permute(2, 0, 1, 3).reshape(-1, num_kv_heads, head_dim)
+
+
+def repeated(kv: PagedKV, times: int) -> PagedKV:
+    """The batch `times` over: its sequences in order, then again."""
+    return replace(kv, block_table=kv.block_table.repeat(times, 1), seq_lens=kv.seq_lens.repeat(times))
 
 
 class Call:
@@ -100,7 +109,7 @@ class Call:
     def uses(self, num_layers: int, num_kv_heads: int) -> list[AttentionUse]:
         """What each run attended in a forward pass of so many layers, all KV heads together."""
         found, slot = [], 0
-        counts = None if self._counts is None else self._counts.sum(1).tolist()
+        counts = self._blocks_read()
         for run in self.runs:
             blocks = _query_blocks(run)
             rows = (run.end - run.start) * num_kv_heads
@@ -116,6 +125,14 @@ class Call:
             found.append(AttentionUse(rows * num_layers, attended, causal * num_layers))
         return found
 
+    def _blocks_read(self) -> list[int] | None:
+        """Blocks in the lists of each query block, all layers and KV heads, query heads' lists together."""
+        if self._counts is None:
+            return None
+        in_use = sum(len(_query_blocks(run)) for run in self.runs)
+        own = self._counts.sum(1)[: self._lists_per_head * in_use]
+        return own.view(self._lists_per_head, in_use).sum(0).tolist()
+
     def _gather(self, tables: Sequence[Sequence[int]], ends: Sequence[int]) -> Dense:
         if self._one_by_one:
             return GatheredDecode(tables, ends, self._device)
@@ -123,27 +140,27 @@ class Call:
         return GatheredPrefill(list(zip(starts, ends, tables, strict=True)))
 
     def _attend_selected(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
-        """One list per KV head; with `exact` one per query head: a group's heads go one after the other."""
+        """One list per KV head; with `exact` one per query head, as if each were a sequence of its own."""
         assert self._sparse is not None
-        members = list_members(q, kv.num_kv_heads, self._sparse)
-        self._lists_per_head = len(members)
         self._num_sparse_layers += 1
-        if self._lists_per_head == 1:
-            return self._attend_lists(q, kv, stats)
-        out = torch.empty_like(q)
-        for heads in members:
-            out[:, heads] = self._attend_lists(q[:, heads], kv, stats)
-        return out
+        if not self._sparse.exact:
+            return self._attend_lists(q, kv, self._bounds, stats)
+        self._lists_per_head = group = q.shape[1] // kv.num_kv_heads
+        firsts = torch.arange(group, device=q.device, dtype=torch.int32)[:, None] * len(q)
+        bounds = torch.cat([self._bounds[:1], (firsts + self._bounds[1:]).flatten()])
+        out = self._attend_lists(heads_apart(q, kv.num_kv_heads), repeated(kv, group), bounds, stats)
+        return out.view(group, len(q), kv.num_kv_heads, -1).permute(1, 2, 0, 3).reshape(q.shape)
 
-    def _attend_lists(self, q: torch.Tensor, kv: PagedKV, stats: KVBlockStats | None) -> torch.Tensor:
+    def _attend_lists(
+        self, q: torch.Tensor, kv: PagedKV, bounds: torch.Tensor, stats: KVBlockStats | None
+    ) -> torch.Tensor:
         assert self._sparse is not None
         config = selection_config(self._sparse, len(kv.k_pages), one_by_one=self._one_by_one)
-        bounds = None if self._one_by_one else self._bounds
-        chosen = select_blocks(q, kv, config, cu_seqlens_q=bounds, stats=stats)
+        chosen = select_blocks(q, kv, config, cu_seqlens_q=None if self._one_by_one else bounds, stats=stats)
         self._count(chosen)
         if self._one_by_one:
             return block_sparse_decode(q, kv, chosen)[0]
-        return block_sparse_prefill(q, kv, self._bounds, chosen)[0]
+        return block_sparse_prefill(q, kv, bounds, chosen)[0]
 
     def _count(self, chosen: BlockSelection) -> None:
         if self._counts is None:

@@ -5,7 +5,7 @@ Knows selections and numbers of tiles. Knows nothing of how they travel.
 
 import torch
 
-from kvrelay.attention.call import list_members, selection_config
+from kvrelay.attention.call import heads_apart, repeated, selection_config
 from kvrelay.attention.spans import Span
 from kvrelay.cache.arrivals import Tiles
 from kvrelay.cache.store import KVStore
@@ -50,13 +50,12 @@ class Watch:
         kv = PagedKV(k_pages=pages[0], v_pages=pages[1], block_table=self._table, seq_lens=self._lengths)
         config = selection_config(self._sparse, len(pages[0]), one_by_one=True)
         heads = self._store.layout.num_kv_heads
-        found: set[int] = set()
-        for members in list_members(q, heads, self._sparse):
-            chosen = ranked = select_blocks(q[:, members], kv, config, stats=stats)
-            if config.selector in RERANKING:
-                ranked = select_blocks(q[:, members], kv, config.unranked(), stats=stats)
-            found |= self._numbers(ranked, 0) | self._numbers(chosen, heads)
-        return found
+        if self._sparse.exact:
+            kv, q = repeated(kv, q.shape[1] // heads), heads_apart(q, heads)
+        chosen = ranked = select_blocks(q, kv, config, stats=stats)
+        if config.selector in RERANKING:
+            ranked = select_blocks(q, kv, config.unranked(), stats=stats)
+        return self._numbers(ranked, 0) | self._numbers(chosen, heads)
 
     def _numbers(self, lists: BlockSelection, first_part: int) -> set[int]:
         """Tile numbers of the listed blocks, head h's being part `first_part + h`."""
