@@ -110,7 +110,7 @@ def test_every_form_of_the_same_settings_is_equal() -> None:
 def test_names_stand_for_settings() -> None:
     assert sparse_settings("dense") is None
     assert sparse_settings("auto") == SparseAttention()
-    assert sparse_settings("sparse") == SparseAttention(dense_below_tokens=0)
+    assert sparse_settings("sparse") == SparseAttention(dense_below_tokens=4096)
     with pytest.raises(InvalidConfig, match="attention='quick'"):
         EngineConfig.of(model="m", attention="quick")
     with pytest.raises(InvalidRequest, match="attention='quick'"):
@@ -141,14 +141,14 @@ def test_whole_groups_only_are_shared() -> None:
 
 
 def test_dense_positions_are_those_told_and_those_that_fit() -> None:
-    def first(**settings: Any) -> int:
-        return SparseAttention(**settings).first_sparse_position()
+    def first(top_p: float | None = None, **settings: Any) -> int:
+        return SparseAttention(top_p=top_p, **settings).first_sparse_position()
 
     assert first(budget_tokens=1024, dense_below_tokens=0) == 1024
     assert first(budget_tokens=1024, dense_below_tokens=1300) == 1536
     assert first(budget_tokens=704, dense_below_tokens=0) == 512
     assert first(budget_tokens=1024, dense_below_tokens=0, top_p=0.9) == 0
-    less = SparseAttention(budget_tokens=1024, decode_budget_tokens=576, dense_below_tokens=0)
+    less = SparseAttention(budget_tokens=1024, decode_budget_tokens=576, dense_below_tokens=0, top_p=None)
     assert (less.first_sparse_position(), less.first_sparse_position(is_generated=True)) == (1024, 512)
     assert [starts_early(less, length) for length in (500, 512, 2000)] == [False, True, True]
 
