@@ -151,7 +151,7 @@ def _replays_alike(bench: Bench, options: argparse.Namespace) -> bool:
 
 
 def _bench(shape: str, dtype: torch.dtype, device: torch.device, most: int, context: int) -> Bench:
-    decoder = _random_decoder(shape, dtype, device)
+    decoder = random_decoder(shape, dtype, device)
     spec, blocks_each = decoder.spec, num_blocks(context + 200)
     layout = KVLayout(
         model=shape,
@@ -173,7 +173,7 @@ def _bench(shape: str, dtype: torch.dtype, device: torch.device, most: int, cont
     return Bench(name=shape, runners=runners, store=store, capture_s=capture_s)
 
 
-def _random_decoder(shape: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+def random_decoder(shape: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     vocabulary, hidden, intermediate, layers, num_q, num_kv = SHAPES[shape]
     config = {
         "architectures": ["LlamaForCausalLM"],

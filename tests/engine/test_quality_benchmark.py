@@ -158,7 +158,24 @@ def test_a_prefill_is_the_integral_of_its_chunks() -> None:
     """A dense chunk of 512 costs a + b * position: the trapezoids are exact for that."""
     values = {end: 1.0 + end / 512 for end in (512, 2048, 8192)}
     exact = sum(1.0 + end / 512 for end in range(512, 8193, 512))
-    assert long_context._integral(values, 8192) / 512 == pytest.approx(exact, rel=0.07)
-    step = long_context.Step(dense_layer_s=2.0, sparse_layer_s=0.5, rest_s=3.0)
-    assert step.total_s(30, 30) == 63.0
-    assert step.total_s(30, 2) == 3.0 + 4.0 + 14.0
+    assert long_context.integral(values, 8192, 512) == pytest.approx(exact, rel=0.07)
+    assert long_context.integral(values, 2048, 512) == pytest.approx(14.0, rel=0.15)
+
+
+def test_a_long_context_is_read_dense_and_sparse(tiny_directory: Path) -> None:
+    """Whole prefills count what they read; the timed layers stand for all of the model's."""
+    model = load_model(tiny_directory, "cpu", torch.float32)
+    bench = long_context.Bench(long_context.cut(model, 2), 4, torch.arange(1024) % 200, 256)
+    dense, sparse = bench.prefill([512, 1024], None), bench.prefill([512, 1024], LITTLE)
+    assert [each.num_tokens for each in dense] == [each.num_tokens for each in sparse] == [512, 1024]
+    assert dense[1].use.share_of_pairs == 1.0 > sparse[1].use.share_of_pairs
+    assert dense[0].use.causal_pairs == sparse[0].use.causal_pairs
+    steps = bench.step(1024, 256, LITTLE, 1)
+    row = long_context.prefill_row(sparse[1], {1024: steps[0]}, 256)
+    assert row["dense_s"] == pytest.approx(4 * steps[0].total_s)
+    assert row["speedup"] == pytest.approx(row["dense_s"] / sparse[1].seconds.total_s)
+    assert 0 < row["attention_share_sparse"] < 1
+    assert 0 < row["sparse_tokens_per_query"] < 200
+    (ratio,) = long_context.chunks_over_whole(dense[1:], {1024: steps[0]}, 256).values()
+    assert ratio == pytest.approx(row["dense_s"] / dense[1].seconds.total_s)
+    assert long_context.decode_row(1024, *steps)["dense_tokens_per_s"] == 1 / steps[0].total_s
