@@ -76,6 +76,7 @@ def test_a_body_without_end_is_left_unread(
 ) -> None:
     """The whole answer comes at once, the end of the connection soon after, however much is still sent."""
     monkeypatch.setattr(body, "LINGER_S", 0.4)
+    monkeypatch.setattr(body, "LINGER_BYTES", 2**40)
     head = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\nauthorization: Bearer " + key
     chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n" if b"chunked" in length else b"x" * 0x8000
     begin_s, answered_s, said = time.monotonic(), 0.0, b""
@@ -95,6 +96,20 @@ def test_a_body_without_end_is_left_unread(
     assert b"connection: close" in said
     assert 0 < answered_s < 0.4
     assert 0.3 < ended_s < 3
+
+
+def test_of_a_body_that_is_refused_only_so_much_is_read(
+    small: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "LINGER_S", 60.0)
+    monkeypatch.setattr(body, "LINGER_BYTES", 100_000)
+    num_sent = 0
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 100000000000\r\n\r\n")
+        with suppress(ConnectionError):
+            while num_sent < 10**9:
+                num_sent += connection.send(b"x" * 65536)
+    assert num_sent < 10**8, "the rest was in the sockets' buffers"
 
 
 def test_a_body_that_turns_out_bad_after_the_answer_gets_no_other(small: Served) -> None:

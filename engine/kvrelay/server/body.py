@@ -13,7 +13,7 @@ from kvrelay.server.generation import ClientGone
 from kvrelay.server_config import ServerConfig
 
 IS_READ = "kvrelay.is_read"  # in the scope once all of the body has come
-LINGER_S = 2.0
+LINGER_S, LINGER_BYTES = 2.0, 2**26  # how much of a refused body is still read
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
@@ -44,7 +44,8 @@ def has_body(headers: Headers) -> bool:
 async def throw_away(receive: Receive) -> None:
     """Read what still comes of a body that is refused, for a moment: a connection that is closed before all
     of it was read takes the answer along."""
+    num_bytes = 0
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body"):
-                pass
+            while (message := await receive()).get("more_body") and num_bytes < LINGER_BYTES:
+                num_bytes += len(message["body"])

@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's, with limits to the head of a request in bytes and in time."""
+"""One client's connection: uvicorn's, with limits to what is no body, in bytes and in time."""
 
 from asyncio import TimerHandle, Transport
 
@@ -11,11 +11,14 @@ from kvrelay.server_config import ServerConfig
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """Refuses a head that is too large while it still arrives, and closes one that does not."""
+    """Refuses a head or trailers that are too large while they still arrive, and closes a head that does not.
+
+    Trailers are dropped: nobody here reads them.
+    """
 
     limits: ServerConfig
     _is_in_head = True
-    _num_head_bytes = 0
+    _num_head_bytes = 0  # since the last head was whole or the last piece of a body came
     _head_timer: TimerHandle | None = None
     _running: RequestResponseCycle | None = None
 
@@ -35,13 +38,14 @@ class LimitedConnection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head:  # a body that came along is counted too: the limit is not that exact
-            self._num_head_bytes += len(data)
+        self._num_head_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._num_head_bytes > self.limits.max_header_bytes:
-            self._refuse(
-                Refused(431, f"the request's head has more than {self.limits.max_header_bytes} bytes")
-            )
+        if self._num_head_bytes > self.limits.max_header_bytes:
+            part = "head" if self._is_in_head else "trailer"
+            message = f"the request's {part} has more than {self.limits.max_header_bytes} bytes"
+            self._refuse(Refused(431, message))
+        elif self._head_timer is None and self._is_idle():  # uvicorn's own timer ends with any byte
+            self._wait_for_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -49,10 +53,22 @@ class LimitedConnection(HttpToolsProtocol):
         if self._head_timer is None:
             self._wait_for_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._stop_waiting()
         self._is_in_head, self._num_head_bytes = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_head_bytes = 0
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Refused(400, msg))
@@ -73,6 +89,10 @@ class LimitedConnection(HttpToolsProtocol):
         if running is None or running.response_complete:
             return True
         return running.more_body and not running.response_started
+
+    def _is_idle(self) -> bool:
+        """Whether no request runs."""
+        return self._running is None or self._running.response_complete
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self.transport.close)
