@@ -5,7 +5,8 @@
 Half of the cores for each, as `kvrelay-1P1D` has; left alone, vLLM's connector moves the threads of both
 that compute to the last core. A completion goes to the prefill server for one token that nobody sees; its
 answer says where the KV cache lies, and with that the request goes to the decode server, whose stream is
-passed on as it comes. vLLM's environment needs the `nixl` package. Runs until it is told to stop.
+passed on as it comes. Where the answer does not say it, the client gets 502: decode would compute the prompt
+itself. vLLM's environment needs the `nixl` package. Runs until it is told to stop.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shlex
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -58,11 +60,11 @@ class Relay(BaseHTTPRequestHandler):
                 self.server.prefill_port, self.path, {**body, **whole, "kv_transfer_params": remote}
             )
             if answer.status == 200:
-                where = json.loads(answer.read())["kv_transfer_params"]
+                where = where_kv_lies(answer.read())
                 answer = self.server.ask(
                     self.server.decode_port, self.path, {**body, "kv_transfer_params": where}
                 )
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             self.send_error(502, str(error))
             return
         self.send_response(answer.status)
@@ -73,6 +75,15 @@ class Relay(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of each request."""
+
+
+def where_kv_lies(content: bytes) -> dict[str, Any]:
+    """What decode must be told, from prefill's answer. Raises `ValueError` where it names no blocks."""
+    answer = json.loads(content)
+    where = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
+    if not isinstance(where, dict) or not where.get("remote_block_ids"):
+        raise ValueError(f"prefill handed no KV over: kv_transfer_params={where!r}")
+    return where
 
 
 def main() -> None:
@@ -90,8 +101,10 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     halves = (cores[:half], cores[half:]) if half else (cores, cores)
-    servers = [start(options, index, share) for index, share in enumerate(halves, start=1)]
+    servers: list[subprocess.Popen[bytes]] = []
     try:
+        for index, share in enumerate(halves, start=1):
+            servers.append(start(options, index, share))
         for index, (server, share) in enumerate(zip(servers, halves, strict=True), start=1):
             wait_until_up(server, options.host, options.port + index)
             keep_on(server.pid, share)
@@ -128,22 +141,23 @@ def start(options: argparse.Namespace, index: int, cores: list[int]) -> "subproc
 def wait_until_up(server: "subprocess.Popen[bytes]", host: str, port: int) -> None:
     """Until it says that it is healthy. Raises `SystemExit` where it ends instead."""
     while server.poll() is None:
-        try:
+        with suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection(host, port, timeout=5.0)
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 return
-        except OSError:
-            time.sleep(0.5)
+        time.sleep(0.5)
     raise SystemExit(f"the server on port {port} ended with status {server.returncode}")
 
 
 def keep_on(pid: int, cores: list[int]) -> None:
-    """Every thread of a process and of what it started, on these cores."""
+    """Every thread of a process and of what it started, on these cores; some may end meanwhile."""
     process = psutil.Process(pid)
     for one in (process, *process.children(recursive=True)):
-        for thread in one.threads():
-            os.sched_setaffinity(thread.id, cores)
+        with suppress(psutil.NoSuchProcess):
+            for thread in one.threads():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, cores)
 
 
 if __name__ == "__main__":
