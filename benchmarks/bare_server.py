@@ -1,6 +1,7 @@
 """As little of an HTTP server as can stream answers: what is left when all but HTTP itself is taken away.
 
-No routes, no checks, no errors, no usage: `server_overhead.py` measures beside it what ours adds to that.
+No routes, no checks, no usage, and a request that fails ends its connection: `server_overhead.py` measures
+beside it what ours adds to that.
 """
 
 import asyncio
@@ -36,11 +37,14 @@ def start_bare_server(engine: Engine) -> int:
 
 
 async def _connection(engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(asyncio.IncompleteReadError, ConnectionError):
-        while True:
-            head = await reader.readuntil(b"\r\n\r\n")
-            (length,) = re.findall(rb"content-length: (\d+)", head)
-            await _answer(engine, json.loads(await reader.readexactly(int(length))), writer)
+    try:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                (length,) = re.findall(rb"content-length: (\d+)", head)
+                await _answer(engine, json.loads(await reader.readexactly(int(length))), writer)
+    finally:
+        writer.close()
 
 
 async def _answer(engine: Engine, asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -52,6 +56,8 @@ async def _answer(engine: Engine, asked: dict[str, Any], writer: asyncio.StreamW
     is_over, head = False, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     while not is_over:
         event = await events.get()
+        if event.error is not None:
+            raise event.error
         is_over = event.output is not None
         document: dict[str, Any] = {"text": event.text}
         if event.output is not None:

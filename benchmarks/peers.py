@@ -10,10 +10,10 @@ The order turns round with every round. Prompts are windows of real text, each w
 prefix cache helps) and exactly as many tokens as its cell says.
 
 The gate: every request was answered with exactly its tokens; texts agree with the first server's (in float32
-wholly; in bfloat16, where near-ties fall either way, in the first words of half of the requests);
-the machine was idle before each run. Ratios first; the last line is the JSON record, also in benchmarks/
-results/ with a plot beside it. `--add` adds this call's rounds to the record of earlier calls at the same
-commit.
+wholly; in bfloat16, where near-ties fall either way, in the first 16 characters of at least half of the
+requests of each cell, over all of its rounds); the machine was idle before each run. Ratios first; the last
+line is the JSON record, also in benchmarks/results/ with a plot beside it. `--add` adds this call's rounds to
+the record of earlier calls at the same commit.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -45,7 +44,6 @@ from servers import PEERS, Running, find_target, is_up, started, stopped
 RESULTS = Path(__file__).parent / "results"
 TEXTS = Path(__file__).parent / "texts"
 CELLS = ("256x64@1", "256x64@4", "256x64@16", "2048x64@1", "2048x64@4")
-NOBODY: Mapping[str, int] = MappingProxyType({})
 FIRST_CHARACTERS = 16
 IDLE_PERCENT = 15.0  # of all cores: the noise of a machine on which nobody works
 IDLE_WITHIN_S = 60.0  # so long a run waits for that; the gate fails where it did not come
@@ -100,7 +98,7 @@ def main() -> None:
 
 
 def run_round(
-    targets: Sequence[Target], cell: Cell, texts: list[str], index: int, spinning: Mapping[str, int] = NOBODY
+    targets: Sequence[Target], cell: Cell, texts: list[str], index: int, spinning: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """One cell against every server in turn; one row of figures each, texts compared with the first's."""
     rows: dict[str, dict[str, Any]] = {}

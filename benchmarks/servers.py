@@ -150,7 +150,8 @@ def stopped(groups: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for group in groups:
-            os.killpg(group, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it ended meanwhile: the others go on
+                os.killpg(group, signal.SIGCONT)
 
 
 @contextmanager

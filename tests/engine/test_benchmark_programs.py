@@ -1,18 +1,24 @@
 """The measuring programs notice what they must: wrong counts, other words, servers' errors, broken bytes."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from kvrelay.engine import Engine
+from kvrelay.errors import KVRelayError
+from kvrelay.outputs import StreamEvent
+from kvrelay.types import RequestId
 from tiny_engine import write_tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -82,7 +88,7 @@ def run(first: str, second: str) -> Any:
 
     targets = [Target("kvrelay-x", first, "m"), Target("other", second, "m")]
     cell = peers.Cell.parse("40x6@2")
-    rows = peers.run_round(targets, cell, ["x" * 40, "y" * 40, "z" * 40], 0)
+    rows = peers.run_round(targets, cell, ["x" * 40, "y" * 40, "z" * 40], 0, {})
     return [{**row, "busy_percent": 0.0} for row in rows]
 
 
@@ -135,6 +141,27 @@ def test_a_peer_that_spins_is_stopped_while_others_are_measured(serve: Any, monk
         states.add(("after", psutil.Process(process.pid).status() == "stopped"))
         process.kill()
     assert states == {("kvrelay-x", True), ("spinning", False), ("after", False)}
+
+
+def test_what_was_stopped_goes_on_though_another_has_ended() -> None:
+    from servers import stopped
+
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(subprocess.Popen(["sleep", "60"], start_new_session=True)) for _ in range(2)
+        )
+        stack.callback(second.kill)
+
+        def measure() -> None:
+            with stopped([first.pid, second.pid]):
+                first.kill()
+                first.wait()
+                raise RuntimeError("it was this")
+
+        with pytest.raises(RuntimeError, match="it was this"):
+            measure()
+        time.sleep(0.1)  # signals take effect when the process next runs
+        assert psutil.Process(second.pid).status() != "stopped"
 
 
 @pytest.mark.parametrize("fault", ["refuse", "error", "no usage"])
@@ -200,8 +227,6 @@ def test_transports_deliver_the_senders_bytes(
 
 
 def test_a_byte_that_differs_is_seen() -> None:
-    from contextlib import ExitStack
-
     import transport
 
     with ExitStack() as stack:
@@ -241,6 +266,38 @@ def test_interference_times_streams_under_long_prompts(
     rows = record["results"]["rounds"]
     rows[0]["beginnings"][0][0] += 1
     assert not interference._gate(rows).passed
+
+
+def test_second_turns_are_held_against_one_that_kept_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import second_turn
+
+    sizes = ["--prompt-tokens", "200", "--output-tokens", "4", "--dtype", "float32"]
+    arguments = ["second_turn.py", "--model", str(tiny), *sizes, "--cases", "pages", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    second_turn.main()
+    record = last_line(capsys)
+    assert record["gate"]["passed"], record["gate"]
+    assert list(record["results"]) == ["nothing", "pages"]
+    assert json.loads((tmp_path / "second_turn.json").read_text()) == record
+
+
+def test_a_bare_server_ends_the_connection_of_a_request_that_fails() -> None:
+    from bare_server import start_bare_server
+
+    class Failing:
+        def prepare(self, *arguments: Any) -> None:
+            return
+
+        def submit(self, prepared: None, on_event: Any) -> None:
+            on_event(StreamEvent(request_id=RequestId("r"), error=KVRelayError("it failed")))
+
+    port = start_bare_server(cast(Engine, Failing()))
+    content = b'{"prompt": "x", "max_tokens": 1}'
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+        assert connection.recv(100) == b""
 
 
 @pytest.mark.slow
