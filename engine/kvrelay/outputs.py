@@ -91,7 +91,6 @@ class OutputStream:
     detokenizer: "Detokenizer"
     logprobs: list[TokenLogprobs]
     sparse: SparseAttention | None = None
-    num_prefilled: int = 0
     logged_s: float = 0.0
 
     @property
@@ -107,7 +106,7 @@ class OutputStream:
             part=request.ledger.part(),
             age_s=now_s - request.ledger.arrived_s,
             num_prompt_tokens=request.num_prompt_tokens,
-            num_prefilled=self.num_prefilled,
+            num_prefilled=request.num_prefilled,
             num_output_tokens=len(request.token_ids) - request.num_prompt_tokens,
             prefill=request.prefill,
             decode=request.decode,
@@ -152,7 +151,7 @@ class OutputStream:
         return None if self.request.params.prompt_logprobs is None else self.request.prompt_logprobs
 
     def _tell_progress(self, num_prefilled: int, at_s: float) -> None:
-        request, self.num_prefilled = self.request, num_prefilled
+        request = self.request
         if at_s - max(request.ledger.arrived_s, self.logged_s) >= PROGRESS_S:
             self.logged_s = at_s
             told = (request.request_id, num_prefilled, request.num_prompt_tokens)
@@ -179,6 +178,39 @@ class OutputStream:
         )
 
 
+class StopString:
+    """How much of one stop string the text ends with, character by character.
+
+    Knuth, Morris and Pratt (1977): every character is looked at once, however the text repeats itself. The
+    table of borders grows no further than the text has come.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._borders = [0]  # of `stop[: i + 1]`: how much of its end it begins with, all of it left aside
+        self.num_matched = 0
+
+    def push(self, text: str) -> int | None:
+        """Where in `text`, which follows all before it, the stop string begins that ends there first.
+
+        That may be before it: negative. None when none ends there.
+        """
+        for end, character in enumerate(text, 1):
+            self.num_matched = self._longer(self.num_matched, character)
+            if self.num_matched == len(self._stop):
+                return end - self.num_matched
+            if self.num_matched > len(self._borders):
+                last = self._stop[self.num_matched - 1]
+                self._borders.append(self._longer(self._borders[-1], last))
+        return None
+
+    def _longer(self, count: int, character: str) -> int:
+        """How much the text ends with after `character`, if it was `count` before."""
+        while count and self._stop[count] != character:
+            count = self._borders[count - 1]
+        return count + (self._stop[count] == character)
+
+
 class Detokenizer:
     """Tokens to text as they come, cut before the first stop string.
 
@@ -187,9 +219,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], stop: tuple[str, ...]) -> None:
         self._stream = tokenizer.stream(prompt_token_ids)
-        self._stop = stop
+        self._stops = [StopString(one) for one in stop]
         self._num_emitted = 0
-        self._search_from = 0
         self.text = ""
         self.is_stopped = False
 
@@ -197,24 +228,14 @@ class Detokenizer:
         """Text that is certain now and was not before. What comes while `may_stop` is False never stops."""
         if self.is_stopped:
             return ""
-        longest = max(map(len, self._stop), default=0)
-        search_from = max(self._search_from, len(self.text) - longest)
-        self.text += self._stream.push(token_ids) + (self._stream.flush() if is_last else "")
-        if not may_stop:
-            self._search_from = search_from = len(self.text)
-        found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
-        if found:
-            self.text, self.is_stopped = self.text[: min(found)], True
-        end = len(self.text) if is_last or self.is_stopped else len(self.text) - self._num_undecided()
+        num_before = len(self.text)
+        new = self._stream.push(token_ids) + (self._stream.flush() if is_last else "")
+        self.text += new
+        if may_stop:
+            begins = [begin for stop in self._stops if (begin := stop.push(new)) is not None]
+            if begins:
+                self.text, self.is_stopped = self.text[: num_before + min(begins)], True
+        held = 0 if is_last or self.is_stopped else max((s.num_matched for s in self._stops), default=0)
+        end = len(self.text) - held
         piece, self._num_emitted = self.text[self._num_emitted : end], max(end, self._num_emitted)
         return piece
-
-    def _num_undecided(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        return max((self._num_begun(stop) for stop in self._stop), default=0)
-
-    def _num_begun(self, stop: str) -> int:
-        at = self.text.find(stop[0], max(0, len(self.text) - len(stop) + 1))
-        while at >= 0 and not stop.startswith(self.text[at:]):
-            at = self.text.find(stop[0], at + 1)
-        return 0 if at < 0 else len(self.text) - at

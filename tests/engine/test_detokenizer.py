@@ -1,5 +1,6 @@
 """Detokenizer: stop strings across tokens, nothing of a stop emitted, and pieces that add up."""
 
+import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.outputs import Detokenizer
+from kvrelay.sampling_params import MAX_STOP_STRINGS
 
 
 class FakeStream:
@@ -156,3 +158,32 @@ def test_one_stop_gives_one_text_however_it_is_cut(text: str, stop: str, cuts: l
     words = [text[a:b] for a, b in pairwise(borders)] or [""]
     pieces, detokenizer = run(words, stop)
     assert detokenizer.text == "".join(pieces) == text.partition(stop)[0]
+
+
+def seconds(words: Sequence[str], stops: tuple[str, ...]) -> float:
+    """CPU seconds of the last hundred tokens of many."""
+    detokenizer = Detokenizer(FakeTokenizer(words), [], stops)  # type: ignore[arg-type]
+    for token in range(len(words) - 100):
+        detokenizer.push([token], is_last=False)
+    begin_s = time.thread_time()
+    for token in range(len(words) - 100, len(words)):
+        detokenizer.push([token], is_last=False)
+    assert not detokenizer.is_stopped
+    return time.thread_time() - begin_s
+
+
+@pytest.mark.parametrize("start", ["a b", ""])
+def test_text_that_repeats_the_start_of_a_stop_costs_as_much_as_any_other(start: str) -> None:
+    words = ["a "] * 700
+    hostile = tuple(start + "a " * 510 + chr(98 + number) for number in range(MAX_STOP_STRINGS))
+    harmless = tuple("z" * 1000 + chr(98 + number) for number in range(MAX_STOP_STRINGS))
+    assert min(seconds(words, hostile) for _ in range(3)) < 10 * min(
+        seconds(words, harmless) for _ in range(3)
+    )
+
+
+def test_what_comes_before_the_fewest_tokens_is_not_held_back() -> None:
+    detokenizer = Detokenizer(FakeTokenizer(["xE", "ND", "END"]), [], ("END",))  # type: ignore[arg-type]
+    assert detokenizer.push([0], is_last=False, may_stop=False) == "xE"
+    assert detokenizer.push([1], is_last=False) == "ND"
+    assert (detokenizer.push([2], is_last=False), detokenizer.is_stopped) == ("", True)
