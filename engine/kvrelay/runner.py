@@ -18,6 +18,7 @@ from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
 from kvrelay.sparse import AttentionUse, SparseAttention, settings_of
 from kvrelay.types import RequestSpec, TokenLogprobs
+from kvrelay_kernels.cpu.native.transformer import Pages
 
 SCORED_ROWS = 64
 
@@ -145,10 +146,8 @@ class Runner:
             self.attention = []
             return self.steps.logits(batch)
         tokens = [sequence.token_ids[-1] for sequence in batch]
-        if isinstance(self.decoder, NativeDecoder) and self._pages is not None and self.sparse is None:
-            lengths = [len(sequence.token_ids) for sequence in batch]
-            self.attention, self.watched = [], []
-            return self.decoder.step(tokens, lengths, [sequence.block_ids for sequence in batch], self._pages)
+        if self._pages is not None and all(map(self._reads_everything, batch)):
+            return self._step(tokens, batch, self._pages)
         spans = [
             Span(
                 start=sequence.num_cached,
@@ -161,6 +160,30 @@ class Runner:
             for sequence in batch
         ]
         return self.decoder.logits(self._forward(tokens, spans, None))
+
+    def _reads_everything(self, sequence: DecodeSequence) -> bool:
+        """Whether the newest token's attention is dense, over KV that is all there."""
+        sparse = self.sparse_of(sequence.request)
+        first_sparse = None if sparse is None else sparse.first_sparse_position(is_generated=True)
+        is_dense = first_sparse is None or sequence.num_cached < first_sparse
+        return is_dense and sequence.arrivals is None
+
+    def _step(self, tokens: list[int], batch: Sequence[DecodeSequence], pages: Pages) -> torch.Tensor:
+        """`logits` of a batch that reads everything, in one call."""
+        assert isinstance(self.decoder, NativeDecoder)
+        lengths = [len(sequence.token_ids) for sequence in batch]
+        tables = [sequence.block_ids for sequence in batch]
+        logits = self.decoder.step(tokens, lengths, tables, pages)
+        layout = self.store.layout
+        full = [(table, n, 1) for table, n in zip(tables, lengths, strict=True) if n % layout.block_size == 0]
+        for layer in range(layout.num_layers if full and self.store.keeps_stats else 0):
+            self.store.update_stats(layer, full)
+        rows = layout.num_layers * layout.num_kv_heads
+        self.attention = (
+            [] if self.sparse is None else [AttentionUse(rows, rows * n, rows * n) for n in lengths]
+        )
+        self.watched = []
+        return logits
 
     def _forward(
         self,

@@ -2,16 +2,22 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from kvrelay.attention import PagedAttention, Span
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
 from kvrelay.models.native import NativeDecoder, pages_of
-from kvrelay.types import KVLayout
+from kvrelay.runner import Runner
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.scheduler.decode import DecodeSequence
+from kvrelay.sparse import AttentionUse, SparseAttention
+from kvrelay.types import KVLayout, RequestId, RequestSpec
 from kvrelay_kernels import InvalidArgument
 from kvrelay_kernels.cpu.native import library
 from tiny_engine import prompts, tiny_llm, write_tiny_model
@@ -21,7 +27,13 @@ CONTEXTS = (1, 2, 63, 64, 65, 130, 7)
 built = pytest.mark.skipif(library.instruction_set() is None, reason=library.HOW_TO_BUILD)
 
 
-def store_of(decoder: Decoder | NativeDecoder, dtype: str = "float32", fill: float = float("nan")) -> KVStore:
+def store_of(
+    decoder: Decoder | NativeDecoder,
+    dtype: str = "float32",
+    fill: float = float("nan"),
+    *,
+    keeps_stats: bool = False,
+) -> KVStore:
     """Pages full of `fill`."""
     spec = decoder.spec
     layout = KVLayout(
@@ -31,10 +43,23 @@ def store_of(decoder: Decoder | NativeDecoder, dtype: str = "float32", fill: flo
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
     )
-    buffer = memoryview(bytearray(NUM_BLOCKS * layout.block_bytes))
-    store = KVStore(layout, NUM_BLOCKS, buffer, torch.device("cpu"))
+    buffer = memoryview(bytearray(memory_bytes(layout, NUM_BLOCKS, keeps_stats=keeps_stats)))
+    store = KVStore(layout, NUM_BLOCKS, buffer, torch.device("cpu"), keeps_stats=keeps_stats)
     store.pages.fill_(fill)
     return store
+
+
+def request(tokens: list[int]) -> RequestSpec:
+    return RequestSpec(
+        request_id=RequestId("r"),
+        attempt=1,
+        arrival=0,
+        token_ids=tuple(tokens),
+        num_prompt_tokens=len(tokens),
+        max_total_tokens=len(tokens) + 10,
+        params=SamplingParams(),
+        seed=0,
+    )
 
 
 def scattered_blocks() -> list[list[int]]:
@@ -135,6 +160,39 @@ def test_bfloat16_weights_in_float32_are_exactly_the_widened_ones(tmp_path: Path
         decoder = load_model(short, "cpu", torch.float32, impl)
         results.append(decoder.logits(decoder.forward(text, torch.arange(20), lambda layer, q, k, v: q)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+@built
+def test_a_sparse_engine_steps_as_a_dense_one_while_it_reads_everything(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, with the statistics of the pages that it fills; layer by layer once one row selects."""
+    native, blocks = native_decoder(tiny_directory), scattered_blocks()
+    stores = [store_of(native, keeps_stats=True) for _ in range(2)]
+    tokens, _ = (prefill(native, store, blocks) for store in stores)
+    steps = list[int]()
+    native_step = NativeDecoder.step
+    monkeypatch.setattr(NativeDecoder, "step", lambda *arguments: steps.append(1) or native_step(*arguments))
+    runner = Runner(native, stores[0], frozenset(), SparseAttention(dense_below_tokens=256))
+    batch = [
+        DecodeSequence(request(text), ids, text) for text, ids in zip(prompts(*CONTEXTS), blocks, strict=True)
+    ]
+    with torch.inference_mode():
+        logits = runner.logits(batch)
+    assert steps == [1]
+    assert torch.equal(logits, torch_step(native, stores[1], tokens, blocks))
+    for ours, theirs in zip(stores[0].memory.tensors, stores[1].memory.tensors, strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    full = blocks[CONTEXTS.index(64)][0]
+    assert stores[0].memory.vectors[:, :3, full].isfinite().all()
+    rows = native.spec.num_layers * native.spec.num_kv_heads
+    assert runner.attention == [AttentionUse(rows, rows * n, rows * n) for n in CONTEXTS]
+    batch[-1].request = msgspec.structs.replace(
+        batch[-1].request, params=SamplingParams(attention=SparseAttention(dense_below_tokens=0))
+    )
+    with torch.inference_mode():
+        runner.logits(batch)
+    assert steps == [1]
 
 
 @built
