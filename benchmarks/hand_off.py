@@ -5,8 +5,9 @@
 
 One prefill worker and several decode workers that take turns. `cold`: the first request, whose prompt is
 computed while its KV leaves. `cached`: the same prompt again, for decode workers that have none of it; the
-prefill worker has all but the last tokens, so that the transfer is what the first token waits for. The gate:
-every request gave the same tokens, and a full hand-off never stalled.
+prefill worker has all but the last tokens, so that the transfer is what the first token waits for. Lists are
+shared by a group's heads: with lists of their own, the heads together want most blocks of so short a prompt.
+The gate: every request gave the same tokens, and a full hand-off never stalled.
 """
 
 import argparse
@@ -80,7 +81,11 @@ def _run(options: argparse.Namespace, gbit_per_s: float, kv_handoff: str) -> lis
         transport=f"shm:gbit_per_s={gbit_per_s}",
         kv_handoff=kv_handoff,
         attention=SparseAttention(
-            budget_tokens=options.budget_tokens, local_blocks=options.local_blocks, dense_below_tokens=0
+            budget_tokens=options.budget_tokens,
+            local_blocks=options.local_blocks,
+            dense_below_tokens=0,
+            top_p=None,
+            exact=False,
         ),
         num_kv_tokens=options.prompt_tokens + options.output_tokens + 512,
     )
