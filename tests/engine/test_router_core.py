@@ -191,6 +191,24 @@ def test_the_newest_requests_token_of_a_step_is_passed_on_first(desk: Desk) -> N
     assert [update.request_id for update in desk.updates] == ["r1", "r0"]
 
 
+def test_progress_is_that_of_the_attempt_that_goes_on(desk: Desk) -> None:
+    """What is known of the last one is forgotten with it, and what is still said of it tells nobody."""
+    asked = request(0, num_prompt_tokens=700)
+    desk.router.submit(asked, 0.0)
+    ((_, reserve),) = desk.taken()
+    assert isinstance(reserve, Reserve)
+    desk.says(reserved(reserve.request))
+    step = msgspec.structs.replace(token(7), worker_id=WorkerId("p0"), phase="prefill", tokens=())
+    desk.says(msgspec.structs.replace(step, unfinished={"r0": 512}))
+    assert asked.num_prefilled == 512
+    desk.router.on_worker_dead(WorkerId("p0"), "killed", 2.0)
+    assert (asked.prefill, asked.num_prefilled) == ("p1", 0)
+    desk.says(msgspec.structs.replace(step, unfinished={"r0": 640}))
+    assert asked.num_prefilled == 0
+    desk.says(msgspec.structs.replace(step, worker_id=WorkerId("p1"), unfinished={"r0": 704}))
+    assert [update.num_prefilled for update in desk.updates] == [512, 700], "never more than the prompt"
+
+
 def test_a_one_token_prompt_never_troubles_prefill(desk: Desk) -> None:
     desk.router.submit(request(0, num_prompt_tokens=1), 0.0)
     desk.taken()

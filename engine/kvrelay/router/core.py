@@ -154,13 +154,19 @@ class Router:
             if request is not None:
                 request.on_step(step)
         for request_id, count in step.unfinished.items():
-            if RequestId(request_id) in self.requests:
-                self._deliver(Update(request_id=RequestId(request_id), num_prefilled=count, at_s=now_s))
+            request = self.requests.get(RequestId(request_id))
+            if request is not None and request.is_on(step.worker_id):
+                self._on_progress(request, count, now_s)
         for token in reversed(step.tokens):  # the newest request's first: its first token is most waited for
             if self.is_current(token):
                 self._on_token(self.requests[token.request_id], token, now_s)
         if step.tokens:
             self._pump(now_s)
+
+    def _on_progress(self, request: RoutedRequest, count: int, now_s: float) -> None:
+        request.num_prefilled = min(count, request.num_prompt_tokens)  # tokens delivered are computed again
+        update = Update(request_id=request.request_id, num_prefilled=request.num_prefilled, at_s=now_s)
+        self._deliver(update)
 
     def _on_token(self, request: RoutedRequest, token: NewToken, now_s: float) -> None:
         if request.owes_prompt_logprobs:
@@ -252,6 +258,7 @@ class Router:
 
     def _requeue(self, request: RoutedRequest, now_s: float) -> None:
         self.fleet.unload(request)
+        request.num_prefilled = 0
         request.ledger.add("requeued", now_s)
         self._enqueue(request, now_s)
 

@@ -58,7 +58,8 @@ class RoutedRequest:
     begun (no worker has computed anything for it) by `deadline_s` is given up. `attention` is, by phase, what
     all attempts together have read. `prompt_logprobs` grows as prefill scores the prompt (the first token has
     nothing before it); tokens that overtake it are `held`. KV of the first `num_cached_tokens` of the prompt
-    was in a cache when the first prefill began.
+    was in a cache when the first prefill began. Of a prompt that takes several steps, `num_prefilled` tokens
+    are computed in this attempt.
     """
 
     request_id: RequestId
@@ -77,6 +78,7 @@ class RoutedRequest:
     decode: WorkerId | None = None
     ticket: TransferTicket | None = None
     num_cached_tokens: int | None = None
+    num_prefilled: int = 0
     is_prefilled: bool = False
     is_committed: bool = False
     has_started_early: bool = False  # decode, on part of the KV
