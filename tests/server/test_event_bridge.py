@@ -66,9 +66,11 @@ def test_the_others_wait_until_a_first_event_can_have_been_written() -> None:
     assert heard == ["new", "old"]
 
 
-def test_a_response_has_begun_once_it_heard_something() -> None:
-    generation = Generation(cast(EventBridge, None), [], ends_only=False)
+def test_a_response_has_begun_once_it_heard_more_than_progress() -> None:
+    generation = Generation(cast(EventBridge, None), [], ends_only=False, with_progress=True)
     assert not generation.has_begun
+    generation.receive(0, StreamEvent(request_id=RequestId("r"), num_prefilled=64))
+    assert not generation.has_begun, "what is most waited for is still to come"
     generation.receive(0, StreamEvent(request_id=RequestId("r")))
     assert generation.has_begun
 

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Iterator
 
+import httpx
 import openai
 import pytest
 
 from kvrelay.sampling_params import SamplingParams
-from tiny_engine import greedy
+from tiny_engine import greedy, prompts
 from tiny_server import Served, wait_for_blocks
 
 HI = [{"role": "user", "content": "hi"}]
@@ -52,6 +53,23 @@ def test_streams_join_to_the_whole(client: openai.OpenAI) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_long_prompts_progress_comes_as_comments_when_asked(served: Served, client: openai.OpenAI) -> None:
+    prompt = prompts(1, 700)[1]
+    asked = {"prompt": prompt, "max_tokens": 6, "temperature": 0, "stream": True}
+
+    def said(**more: object) -> list[str]:
+        body = {**asked, **more, "cache_salt": str(more)}  # nothing is found in the prefix cache
+        return httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).text.split("\n\n")
+
+    told = said(kvrelay=True)
+    assert told[0] == ": choice 0: 512 of 700 prompt tokens computed"
+    assert not any(event.startswith(":") for event in [*told[1:], *said()])
+    extra = {"kvrelay": True, "cache_salt": "another"}
+    chunks = client.completions.create(model="tiny", **asked, extra_body=extra)
+    text, _ = direct(served, prompt, greedy(6))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
 
 
 def test_usage_can_come_with_every_chunk(client: openai.OpenAI) -> None:

@@ -112,12 +112,15 @@ async def _read(service: Service, request: Request, kind: type[Body]) -> Body:
 async def _answer(
     service: Service, request: Request, asked: Sampling, plan: Plan, writer: Writer
 ) -> Response:
-    """Run the plan; a stream's headers wait for its first tokens, so that an early failure has its status."""
+    """Run the plan; a stream's headers wait for its first news, so that an early failure has its status."""
     if service.draining.is_set():
         raise EngineClosed("the server is shutting down")
     trace = request.headers.get("traceparent")
     prepared = [replace(one, traceparent=trace) for one in plan.prepared] if trace else plan.prepared
-    generation = Generation(service.bridge, prepared, ends_only=not asked.stream)
+    with_progress = asked.stream is True and plan.with_measured
+    generation = Generation(
+        service.bridge, prepared, ends_only=not asked.stream, with_progress=with_progress
+    )
     try:
         generation.watch(request.receive)
         if not asked.stream:

@@ -101,11 +101,14 @@ async def until_gone(receive: Receive) -> None:
 class Generation:
     """Requests that are answered together; `close` aborts those still running.
 
-    With `ends_only` events before a request's last are dropped where they arise.
+    With `ends_only` events before a request's last are dropped where they arise, and without `with_progress`
+    those that tell of a long prompt's.
     """
 
-    def __init__(self, bridge: EventBridge, prepared: Sequence[Prepared], *, ends_only: bool) -> None:
-        self._bridge, self._ends_only = bridge, ends_only
+    def __init__(
+        self, bridge: EventBridge, prepared: Sequence[Prepared], *, ends_only: bool, with_progress: bool
+    ) -> None:
+        self._bridge, self._ends_only, self._with_progress = bridge, ends_only, with_progress
         self._events: Burst = []
         self._arrived = asyncio.Event()
         self.has_begun = self._is_abandoned = False
@@ -155,16 +158,15 @@ class Generation:
 
     def receive(self, index: int, event: StreamEvent) -> None:
         """One event, on the loop."""
-        self.has_begun = True
+        self.has_begun |= event.num_prefilled is None
         if event.output is not None:
             self._bridge.recent.append(Ended.of(event.output))
         self._events.append((index, event))
         self._arrived.set()
 
     def _on_event(self, index: int, event: StreamEvent) -> None:
-        if event.num_prefilled is not None:
-            return  # OpenAI's streams have no place for progress
-        if not self._ends_only or event.output is not None or event.error is not None:
+        is_unwanted = self._ends_only if event.num_prefilled is None else not self._with_progress
+        if not is_unwanted or event.output is not None or event.error is not None:
             self._bridge.put(self, index, event)
 
     async def _wait_for_disconnect(self, receive: Receive) -> None:

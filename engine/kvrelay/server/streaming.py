@@ -73,13 +73,20 @@ class Chunks:
 
     async def _encode(self, burst: Burst) -> bytes:
         def encoded() -> bytes:
-            return b"".join(
+            progress = [self._progress(*told) for told in burst if told[1].num_prefilled is not None]
+            chunks = [
                 _event(chunk)
-                for index, event in _merged(burst)
+                for index, event in _merged([told for told in burst if told[1].num_prefilled is None])
                 for chunk in self._writer.chunks(index, event, self._usage(event))
-            )
+            ]
+            return b"".join([*progress, *chunks])
 
         return await beside_loop(sum(len(event.prompt_logprobs or ()) for _, event in burst), encoded)
+
+    def _progress(self, index: int, event: StreamEvent) -> bytes:
+        """A comment: clients of the format pass over it."""
+        num_tokens = len(self._plan.prepared[index].token_ids)
+        return f": choice {index}: {event.num_prefilled} of {num_tokens} prompt tokens computed\n\n".encode()
 
     def _usage(self, event: StreamEvent) -> MaybeUsage:
         self._num_tokens += len(event.token_ids)
