@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from kvrelay.config import cache_home
+from kvrelay.config import EngineConfig, cache_home
 from kvrelay.engine_options import engine_options
 from kvrelay.errors import KVRelayError
 from kvrelay.experiments.demo import run_demo
@@ -105,7 +105,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
     )
     chosen = _settings(settings, engine, model)
-    console.print(f"[dim]starting {chosen['model']} …[/]", highlight=False)
+    console.print(f"[dim]starting {escape(str(chosen['model']))} …[/]", highlight=False)
     with LLM(**chosen) as llm:
         prompts: Any = (
             llm.render([[{"role": "user", "content": text}] for text in prompt]) if chat else prompt
@@ -131,8 +131,9 @@ def demo(
 ) -> None:
     """Answer eight questions through separate prefill and decode processes, and report what it cost."""
     chosen = _settings(settings, engine, model)
-    if chosen["model"] in hub.KNOWN:
-        hub.pull(chosen["model"], cache_home(), progress_bar)
+    name = EngineConfig.of(**chosen).model
+    if name in hub.KNOWN:
+        hub.pull(name, cache_home(), progress_bar)
     record = run_demo(chosen, max_tokens, Console())
     write_record(record, output)
     failed = [name for name, held in record["gate"]["checks"].items() if not held]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from kvrelay import LLM
-from kvrelay.cli import DEFAULT_MODEL, _settings
+from kvrelay.cli import DEFAULT_MODEL, _settings, app
 from kvrelay.errors import InvalidConfig
 
 
@@ -35,3 +36,11 @@ def test_a_pair_that_is_wrong_is_refused_by_name(pair: str, reason: str) -> None
     settings: dict[str, Any] = _settings([pair], {}, None)
     with pytest.raises(InvalidConfig, match=reason):
         LLM(**settings)
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["generate", "--prompt", "x"]])
+@pytest.mark.parametrize("model", ["[1]", '["[/]"]', "{}", "1"])
+def test_a_model_that_is_no_text_is_refused_by_every_command(arguments: list[str], model: str) -> None:
+    done = CliRunner().invoke(app, [*arguments, "--set", f"model={model}"])
+    assert isinstance(done.exception, InvalidConfig), done.exception
+    assert "Expected `str`" in str(done.exception)
