@@ -154,7 +154,8 @@ class AsyncLLM:
             with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request_id = self.engine.submit(self.engine.prepare(prompt, params or SamplingParams()), on_event)
+        chosen = SamplingParams() if params is None else params
+        request_id = self.engine.submit(self.engine.prepare(prompt, chosen), on_event)
         is_over = False
         try:
             while not is_over:

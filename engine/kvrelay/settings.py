@@ -23,9 +23,9 @@ def read_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise InvalidConfig(f"--config {path}: {error.strerror}") from None
+        raise InvalidConfig(f"--config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"--config {path}: {error}") from None
+        raise InvalidConfig(f"--config {path}: {error}") from error
 
 
 def parse_pair(pair: str) -> tuple[str, Any]:

@@ -162,6 +162,9 @@ def test_async_streams_run_together_and_can_be_left(tiny_directory: Path) -> Non
     async def scenario() -> tuple[list[RequestOutput], int]:
         settings = {"transport": "inproc", "num_kv_blocks": 64, "dtype": "float32"}
         async with AsyncLLM(str(tiny_directory), **settings) as llm:
+            for wrong in ({}, [], 0, ""):
+                with pytest.raises(InvalidRequest, match="params: expected SamplingParams"):
+                    await llm.generate("abc", wrong)  # type: ignore[arg-type]
             left = llm.stream(prompts(40)[0], greedy(900))
             await anext(left)
             await left.aclose()

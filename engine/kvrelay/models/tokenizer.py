@@ -72,7 +72,7 @@ class Tokenizer:
         try:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:
-            raise InvalidRequest(f"the text cannot be encoded: {error}") from None
+            raise InvalidRequest(f"the text cannot be encoded: {error}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
