@@ -17,7 +17,7 @@ from kvrelay.errors import EnergyUnavailable
 
 COUNTER_MODULI_MJ = (2**32, 2**64)
 MAX_BOARD_W = 3000.0
-REFRESH_S = 0.1  # slowest refresh seen on boards since Volta; the estimate starts here
+REFRESH_S = 0.1  # slowest refresh of a power reading seen on boards since Volta
 
 
 class NvmlMeter:

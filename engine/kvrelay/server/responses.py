@@ -47,7 +47,11 @@ class AttentionRead(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, use: AttentionUse) -> "AttentionRead":
         """What is told of it."""
-        return cls(**{name: getattr(use, name) for name in cls.__struct_fields__})
+        return cls(
+            **msgspec.structs.asdict(use),
+            attended_tokens_per_query=use.attended_tokens_per_query,
+            share_of_pairs=use.share_of_pairs,
+        )
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
