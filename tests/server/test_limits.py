@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from kvrelay.errors import InvalidConfig
+from kvrelay.server.run import allow_files
 from kvrelay.server_config import ServerConfig
 from tiny_server import Served, tiny_server, wait_for_blocks
 
@@ -226,6 +227,18 @@ def test_a_reader_that_stops_reading_is_no_burden(guarded: Served, client: httpx
         connection.recv(10)
         assert client.post("/v1/completions", headers=KEY, json=HI).status_code == 200
     wait_for_blocks(guarded.engine)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_system_that_allows_no_more_files_is_no_hindrance(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(which: int, limits: tuple[int, int]) -> None:
+        raise error("not so many")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (512, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    allow_files()
 
 
 def test_a_thousand_streams_stand_open(tiny_directory: Path) -> None:

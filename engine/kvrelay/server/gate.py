@@ -7,7 +7,6 @@ import base64
 import binascii
 import hmac
 import uuid
-from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -77,7 +76,6 @@ class Gate:
             raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
 
 
-@lru_cache
 def _check_host(host: str) -> None:
     """Without a key, only programs of this machine: not a foreign page whose own name now leads here."""
     try:

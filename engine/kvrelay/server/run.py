@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import uvicorn
@@ -59,16 +59,17 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise InvalidConfig(f"host={host!r}, port={port}: cannot listen there: {error.strerror}") from None
+        raise InvalidConfig(f"host={host!r}, port={port}: cannot listen there: {error.strerror}") from error
     return listener
 
 
 def allow_files() -> None:
-    """Let this process open as many files as it may, up to `MAX_FILES`."""
+    """Let this process open as many files as it may, up to `MAX_FILES`; some systems refuse below `most`."""
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(MAX_FILES, most)
     if allowed != resource.RLIM_INFINITY and allowed < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def url(host: str, listener: socket.socket) -> str:
