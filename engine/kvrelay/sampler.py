@@ -8,14 +8,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.types import TokenLogprobs
 
 _MASK = (1 << 64) - 1
 TINY = 1e-300  # stands for a temperature of 0 where what comes of it is not used
-REACHES = (10.0, 40.0, math.inf)  # in temperatures below the largest logit: e^-10 of its weight, all of it
+REACHES = (
+    7.0,
+    10.0,
+    13.0,
+    16.0,
+    math.inf,
+)  # in temperatures below the largest logit: e^-7 of its weight, all
+ROUNDING = 2.0**-17  # more than a float32 sum of float32 weights may be off by: see `_total_about`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +53,11 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
     """
     for logit, row in zip(logits, rows, strict=True):
         _penalise(logit, row)
-    result: list[Sampled | None] = []
-    for logit, row, (best, largest) in zip(logits, rows, _largest(logits), strict=True):
-        if not math.isfinite(largest):
-            result.append(None)
-            continue
-        token = best if row.params.temperature == 0 else _draw(logit, row)
-        result.append((token, _logprobs(logit, row.params, token)))
-    return result
+    tokens = _choose_on_host(logits, rows) if logits.device.type == "cpu" else choose(logits, rows).tolist()
+    return [
+        None if token < 0 else (token, _logprobs(logit, row.params, token))
+        for logit, row, token in zip(logits, rows, tokens, strict=True)
+    ]
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -69,7 +75,7 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """The tokens of `sample` for rows that `is_plain`, computed where `logits [R, vocab]` are.
 
     int64 [R] on their device, which the host does not wait for; -1 where there is no token to choose. Of the
-    rows' tokens only the number is read. The whole row is sorted where `sample` sorts the likeliest tokens.
+    rows' tokens only the number is read. The whole row is sorted where the host sorts the likeliest tokens.
     """
     largest, tokens = logits.max(dim=-1)
     if any(row.params.temperature > 0 for row in rows):
@@ -110,14 +116,17 @@ def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[
     return [TokenLogprobs(*row) for row in zip(token_ids, own, tops, strict=True)]
 
 
-def _largest(logits: torch.Tensor) -> list[tuple[int, float]]:
-    """Token and logit of each row's largest, NaN being larger than anything; numpy's is the fast one."""
-    if logits.device.type == "cpu":
-        values = logits.numpy()
-        tokens = values.argmax(axis=-1)
-        return list(zip(tokens.tolist(), values[range(len(tokens)), tokens].tolist(), strict=True))
-    largest, greedy = logits.max(dim=-1)
-    return list(zip(greedy.tolist(), largest.tolist(), strict=True))
+def _choose_on_host(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """What `choose` gives, row by row, sorting only what a draw needs."""
+    values = logits.numpy()
+    chosen: list[int] = values.argmax(axis=-1).tolist()  # NaN is the largest of all
+    for index, (token, row) in enumerate(zip(chosen, rows, strict=True)):
+        largest = values[index, token]
+        if not math.isfinite(largest):
+            chosen[index] = -1
+        elif row.params.temperature > 0:
+            chosen[index] = _draw(values[index] - largest, row)
+    return chosen
 
 
 def uniform(seed: int, position: int) -> float:
@@ -150,43 +159,93 @@ def _penalise(logit: torch.Tensor, row: Row) -> None:
         logit -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
 
 
-def _draw(logit: torch.Tensor, row: Row) -> int:
+@np.errstate(over="ignore")  # by a temperature near 0
+def _draw(below: NDArray[np.float32], row: Row) -> int:
     """Temperature, top-k, then top-p and min-p on what is left, then the inverse distribution function.
 
-    The distribution's order is that of a whole sort, but only tokens within reach of the likeliest are
-    sorted: few are, and nearly always the draw ends among them.
+    below: [V], 0 the largest. The order is that of a whole sort and the arithmetic float64, but only tokens
+    within reach of the likeliest are sorted, and of the others nothing is needed but the sum of all weights:
+    bounds from float32 do where both give the same token, and nearly always they do.
     """
-    below = (logit - logit.max()).double() / row.params.temperature
-    total = float(below.exp().sum())
-    tokens = (_draw_within(below, total, row, reach) for reach in REACHES)
-    return next(token for token in tokens if token is not None)
+    params = row.params
+    totals = _total_about(below, params)
+    for reach in REACHES:
+        tokens, weights, is_all = _likeliest(below, params, reach)
+        cumulative = weights.cumsum()
+        if is_all:
+            totals = (float(cumulative[-1]),)
+        indices = {_index(weights, cumulative, total, row, is_all) for total in totals}
+        if len(indices) > 1:
+            totals = (float(np.exp(below.astype(np.float64) / params.temperature).sum()),)
+            indices = {_index(weights, cumulative, totals[0], row, is_all)}
+        if (index := indices.pop()) is not None:
+            return int(tokens[index])
+    raise AssertionError("a reach of everything has every token")
 
 
-def _draw_within(below: torch.Tensor, total: float, row: Row, reach: float) -> int | None:
-    """The token drawn if it and the ends of all filters lie among those at least `-reach`, else None.
+def _total_about(below: NDArray[np.float32], params: SamplingParams) -> tuple[float, ...]:
+    """Bounds of the sum of all weights, on one thread: torch would wake its threads for each row.
 
-    below: float64 [V], log-weights, 0 the largest; `total` is the sum of all weights.
+    Two float32 roundings put a log-weight x off by |x| / 2^23, the mean of |x| over the distribution is at
+    most ln V, numpy's exponential is good to three units in the last place, and its sums are pairwise: in
+    all, for a million tokens, less than `ROUNDING`. None are known for temperatures far outside float32, and
+    none are needed with top-k.
     """
-    params, is_all = row.params, reach == REACHES[-1]
-    tokens = (below >= -reach).nonzero().flatten()
-    values, order = below[tokens].sort(descending=True, stable=True)
-    if params.top_k > 0 and (is_all or len(tokens) >= params.top_k):
-        values, is_all = values[: params.top_k], True
-        total = float(values.exp().sum())
-    weights = values.exp()
-    keep = weights.cumsum(dim=-1) - weights < params.top_p * total
-    keep &= (weights >= params.min_p * weights[0]) & (weights > 0)
-    keep[0] = True
-    num_kept = int(keep.sum())  # the filters keep a beginning of the order
-    if num_kept == len(keep) and not is_all and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0):
+    if params.top_k > 0 or not 1e-30 < params.temperature < 1e30:
+        return (0.0, math.inf)
+    weights = below / np.float32(params.temperature)
+    total = float(np.exp(weights, out=weights).sum())
+    return (total * (1 - ROUNDING), total * (1 + ROUNDING))
+
+
+def _likeliest(
+    below: NDArray[np.float32], params: SamplingParams, reach: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
+    """Tokens at least `-reach` temperatures below the largest, likeliest first, at most top-k of them.
+
+    With their weights, float64; and whether these are all that top-k leaves, weights of 0 apart.
+    """
+    tokens = np.flatnonzero(below >= -reach * params.temperature)
+    keys = (
+        np.abs(below[tokens]).view(np.uint32).astype(np.int64) << 32 | tokens
+    )  # bits order as floats >= 0 do
+    keys.sort()  # many times as fast as a stable sort of floats, and equals stay in order
+    tokens = keys & 0xFFFFFFFF
+    is_all = len(tokens) == len(below)
+    if 0 < params.top_k <= len(tokens):
+        tokens, is_all = tokens[: params.top_k], True
+    weights = np.exp(below[tokens].astype(np.float64) / params.temperature)
+    num_possible = int(np.count_nonzero(weights))
+    return tokens[:num_possible], weights[:num_possible], is_all
+
+
+def _index(
+    weights: NDArray[np.float64], cumulative: NDArray[np.float64], total: float, row: Row, is_all: bool
+) -> int | None:
+    """The place in the order of the token drawn; None if it, or the end of a filter, lies beyond `weights`.
+
+    `total` is the sum of all weights, `is_all` whether there are no others.
+    """
+    params = row.params
+    if params.top_k > 0 and not is_all:
         return None
-    is_whole = is_all or num_kept < len(keep)
-    cumulative = weights[:num_kept].cumsum(dim=-1)
-    target = uniform(row.seed, len(row.token_ids)) * (float(cumulative[-1]) if is_whole else total)
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    if index >= num_kept and not is_whole:
+    num_kept = len(weights)  # the filters keep a beginning of the order
+    if params.top_p < 1:
+        num_kept = int(np.count_nonzero(cumulative - weights < params.top_p * total))
+    if params.min_p > 0:
+        num_kept = min(num_kept, int(np.count_nonzero(weights >= params.min_p * weights[0])))
+    num_kept = max(num_kept, 1)
+    is_whole = is_all or num_kept < len(weights)
+    if is_whole:
+        total = float(cumulative[num_kept - 1])
+    elif params.top_p < 1 or params.min_p > 0:
         return None
-    return int(tokens[order[min(index, num_kept - 1)]])
+    index = int(
+        np.searchsorted(cumulative[:num_kept], uniform(row.seed, len(row.token_ids)) * total, "right")
+    )
+    if index < num_kept:
+        return index
+    return num_kept - 1 if is_whole else None
 
 
 def _logprobs(logit: torch.Tensor, params: SamplingParams, token: int) -> TokenLogprobs | None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvrelay import sampler
 from kvrelay.sampler import Row, sample, score, uniform
 from kvrelay.sampling_params import SamplingParams
 
@@ -114,9 +115,8 @@ def test_filters_keep_what_they_should_at_their_edges(params: dict[str, float], 
     assert set(draw(values.expand(300, 4), *rows)) == support
 
 
-def drawn_from_a_whole_sort(values: torch.Tensor, r: Row) -> int:
-    """The definition: all tokens sorted, filters, inverse distribution function."""
-    params = r.params
+def whole_sort(values: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens, likeliest first, and after filters the cumulative distribution: float64, up to 1."""
     ordered, tokens = (values - values.max()).double().sort(descending=True, stable=True)
     if params.top_k > 0:
         ordered, tokens = ordered[: params.top_k], tokens[: params.top_k]
@@ -125,8 +125,14 @@ def drawn_from_a_whole_sort(values: torch.Tensor, r: Row) -> int:
     keep &= probabilities >= params.min_p * probabilities[0]
     keep[0] = True
     cumulative = probabilities.where(keep, 0.0).cumsum(dim=-1)
-    target = uniform(r.seed, len(r.token_ids)) * cumulative[-1]
-    return int(tokens[int(torch.searchsorted(cumulative, target, right=True))])
+    return tokens, cumulative / cumulative[-1]
+
+
+def drawn_from_a_whole_sort(values: torch.Tensor, r: Row) -> int:
+    """The definition: all tokens sorted, filters, inverse distribution function."""
+    tokens, cumulative = whole_sort(values, r.params)
+    number = uniform(r.seed, len(r.token_ids))
+    return int(tokens[int(torch.searchsorted(cumulative, number, right=True))])
 
 
 @given(
@@ -145,6 +151,32 @@ def test_draws_are_those_of_a_whole_sort(
     values[5:50] = float("-inf")
     r = row(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert draw(values[None], r) == [drawn_from_a_whole_sort(values, r)]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.7}, {"top_p": 0.9}, {"min_p": 0.001}, {"top_k": 4000}]
+)
+@pytest.mark.parametrize("vocab", [5000, 49_152])
+def test_a_draw_at_the_edge_of_a_token_falls_on_its_side(
+    params: dict[str, float], vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges are found in float64: a sum in float32 alone would miss them by a thousand times as much."""
+    values, r = logits(8, vocab=vocab)[0] * 2, row(**params)
+    tokens, cumulative = whole_sort(values, r.params)
+    for place in (0, 1, 7, 40, 300, 1000):
+        if cumulative[place] == 1.0:
+            break
+        for side in (0, 1):
+            number = float(cumulative[place]) + (2 * side - 1) * 1e-9
+            monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
+            assert draw(values[None], r) == [int(tokens[place + side])], f"place {place}, side {side}"
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves_however_much_the_rest_weighs() -> None:
+    values = torch.full((40_050,), -10.1)
+    values[:20] = 0.0  # of top-k's 20.00004 the share is 12.4, so 13 tokens; of all 21.6 it would be 13.4
+    rows = [row(seed=seed, top_k=21, top_p=0.62) for seed in range(400)]
+    assert set(draw(values.expand(400, -1), *rows)) == set(range(13))
 
 
 def test_a_very_small_temperature_is_greedy() -> None:
