@@ -142,6 +142,10 @@ class Engine:
         """End a request early; its last event says so. A request that has ended is left alone."""
         self._runtime.call(lambda now_s: self._runtime.router.finish(request_id, reason, now_s))
 
+    def fail_all(self, error: KVRelayError) -> None:
+        """End every request in flight, and a change of role under way, with `error`."""
+        self._runtime.fail_all(error)
+
     def report(self) -> Report:
         """What has been measured so far. Raises `EngineClosed` after `close`."""
         return self._runtime.call(self._runtime.control.measurement.report).result()

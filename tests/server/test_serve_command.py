@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,28 +75,31 @@ def test_a_stop_lets_streams_finish_takes_no_more_and_leaves_nothing(
         assert server.wait(20) == 0
 
 
-def test_what_does_not_finish_in_time_is_ended(tiny_directory: Path, no_leftovers: None) -> None:
+def test_what_does_not_finish_in_time_is_told_so(tiny_directory: Path, no_leftovers: None) -> None:
+    """One runs and streams; one waits for its turn, without a token yet."""
     slow = ("--set", "server.drain_timeout_s=1", "--set", "max_num_seqs=1")
-    with process(tiny_directory, *slow) as (server, url):
-        bodies: list[str] = []
-
-        def ask() -> None:
-            many = {**LONG, "n": 64, "stream": False}
-            try:
-                bodies.append(httpx.post(f"{url}/v1/completions", json=many, timeout=60).text)
-            except httpx.HTTPError as error:
-                bodies.append(str(error))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        time.sleep(1.0)
-        server.send_signal(signal.SIGINT)
-        begin_s = time.monotonic()
+    many, mine = {**LONG, "n": 64}, {"x-request-id": "mine"}
+    with process(tiny_directory, *slow) as (server, url), ThreadPoolExecutor() as threads:
+        completions = f"{url}/v1/completions"
+        with httpx.stream("POST", completions, json=many, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            whole = {**many, "stream": False}
+            waiting = threads.submit(httpx.post, completions, json=whole, headers=mine, timeout=60)
+            while httpx.get(f"{url}/v1/kvrelay/report").json()["num_requests"]["running"] <= 64:
+                time.sleep(0.05)
+            server.send_signal(signal.SIGINT)
+            begin_s = time.monotonic()
+            *_, last, done = [line for line in lines if line]
         assert server.wait(20) == 0
         assert time.monotonic() - begin_s < 15
-        thread.join(5)
-        assert not thread.is_alive()
-        assert bodies
+        refused = waiting.result(5)
+    assert (refused.status_code, refused.headers["x-request-id"]) == (503, "mine")
+    assert done == "data: [DONE]"
+    for document in (refused.text, last.removeprefix("data: ")):
+        error = json.loads(document)["error"]
+        assert error["code"] == "shutting_down"
+        assert error["message"] == "the server shut down, and waited 1 s for it"
 
 
 def test_a_second_signal_does_not_wait(tiny_directory: Path, no_leftovers: None) -> None:

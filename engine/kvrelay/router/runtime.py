@@ -106,6 +106,15 @@ class Runtime:
         self._wakeup.set()
         return future
 
+    def fail_all(self, error: KVRelayError) -> None:
+        """End every request, and a change of role under way, with `error`."""
+
+        def fail(now_s: float) -> None:
+            self.control.roles.close(error)
+            self._fail_all(error)
+
+        self.call(fail)
+
     def close(self) -> dict[WorkerId, int]:
         """Fail what is in flight, stop the workers and the thread; leaked blocks by worker that said so."""
         with self._lock:

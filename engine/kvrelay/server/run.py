@@ -5,6 +5,7 @@ Knows sockets, signals and uvicorn. Knows nothing of documents.
 
 import asyncio
 import logging
+import math
 import resource
 import signal
 import socket
@@ -19,7 +20,7 @@ from fastapi import FastAPI
 
 from kvrelay.config import EngineConfig
 from kvrelay.engine import Engine
-from kvrelay.errors import InvalidConfig
+from kvrelay.errors import EngineClosed, InvalidConfig
 from kvrelay.server.app import create_app
 from kvrelay.server.connection import limited_connection
 from kvrelay.server.service import Service
@@ -28,6 +29,7 @@ from kvrelay.server_config import ServerConfig
 SWITCH_S = 0.0005  # how long the router's thread may keep the server's waiting, or the other way round
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that none is closed while it is being used
 BACKLOG = 2048
+GRACE_S = 2  # for those who are told at the end of a drain that it is the end
 MAX_FILES = 65_536  # every connection is one; many systems let a process have 1,024 unless it asks
 logger = logging.getLogger("kvrelay")
 
@@ -97,7 +99,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + GRACE_S,
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who the client says it is
             )
@@ -111,6 +113,14 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but what has not ended in time ends with an error of ours before it is cancelled."""
+        loop, service = asyncio.get_running_loop(), self._service
+        error = EngineClosed(f"the server shut down, and waited {service.config.drain_timeout_s:g} s for it")
+        late = loop.call_later(service.config.drain_timeout_s, service.engine.fail_all, error)
+        await super().shutdown(sockets)
+        late.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
