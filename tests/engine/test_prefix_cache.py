@@ -117,9 +117,11 @@ def test_a_common_beginning_is_computed_once_for_all_that_come_together(tiny_dir
             expected = [output.token_ids for output in llm.generate([common + t for t in tails], greedy(8))]
         with tiny_llm(tiny_directory, **settings, prefill_chunk_tokens=512) as llm:
             outputs = llm.generate([common + tail for tail in tails], greedy(8))
-            computed = llm.report().phases["prefill"].num_tokens
+            report = llm.report()
             assert_all_blocks_home(llm)
+        computed = report.phases["prefill"].num_tokens
         assert [output.token_ids for output in outputs] == expected
+        assert report.workers[0].prefix_cache_hit_rate == pytest.approx(1 - computed / (6 * 541))
         assert computed <= 2 * 541 + 4 * 29, f"{computed} tokens computed for one common beginning of 512"
 
 

@@ -184,7 +184,10 @@ class PrefillSide:
     def _begin(self, job: PrefillJob) -> None:
         """Say so, and send at once what decode lacks and this worker has."""
         now_s = time.monotonic()
-        self._parts.count_cached(job.num_tokens, job.num_cached)
+        if job.is_local:  # counted at its admission; others' KV may have become full since
+            self._parts.count_cached(0, job.num_cached - job.ticket.num_cached_tokens)
+        else:
+            self._parts.count_cached(job.num_tokens, job.num_cached)
         self._parts.mark(job.request, "prefill_started", now_s, num_cached_tokens=job.num_cached)
         cached = range(job.num_cached // BLOCK_SIZE)
         sparse = self._parts.runner.sparse_of(job.request) if job.starts_early else None
