@@ -22,7 +22,10 @@ from kvrelay.router.planner import (
     PoolState,
     pool_state,
 )
+from kvrelay.router.links import Links
 from kvrelay.router.policies import open_policy
+from kvrelay.router.probes import Probes
+from kvrelay.router.roles import RoleChanges
 from kvrelay.types import Role, WorkerId
 from tiny_engine import hello
 
@@ -125,6 +128,49 @@ def test_the_idlest_worker_changes_and_the_pools_are_looked_at_once_a_second() -
     note.is_busy = True
     planner.step(10 * PAUSE_S)
     assert note.num_looks == PATIENCE_S + 1, "one change at a time"
+
+
+def planned(router: Router, seconds: int) -> None:
+    """Look for so long, every TTFT missed; changes begin, and nobody answers."""
+    links = Links(lambda to, what: None, lambda worker_id: router.workers[worker_id].hello.descriptor)
+    roles = RoleChanges(router, Probes(router), links)
+    planner = PoolPlanner(router, roles, Desk())  # type: ignore[arg-type]
+    for now_s in range(seconds):
+        planner.step(float(now_s))
+
+
+def test_a_worker_that_must_stay_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    """The idlest has the largest pool: no other could hold what it may be asked to."""
+    router = pool("prefill", "decode", "decode")
+    router.fleet.add(hello("large", "decode", 128))
+    router.fleet.loads[WorkerId("decode-1")].num_requests = 2
+    router.fleet.loads[WorkerId("decode-2")].num_requests = 1
+    planned(router, 30)
+    assert [load.worker_id for load in router.fleet.loads.values() if load.is_draining] == ["decode-2"]
+    assert [record.args[0] for record in caplog.records if record.args] == ["decode-2"]
+
+
+def test_what_cannot_be_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    router = pool("prefill", "decode")
+    router.fleet.add(hello("large", "decode", 128))
+    router.fleet.loads[WorkerId("large")].is_draining = True
+    planned(router, 300)
+    (record,) = caplog.records
+    assert "no worker can become a prefill worker (prefill has" in record.getMessage()
+    assert "one must be left" in record.getMessage()
+
+
+@pytest.mark.parametrize(("empty", "full"), [("decode", "prefill"), ("prefill", "decode")])
+def test_an_empty_pool_gets_a_worker_at_once(empty: Role, full: Role) -> None:
+    router = pool(empty, full, full, full)
+    router.on_worker_dead(WorkerId(f"{empty}-0"), "killed", 0.0)
+    planned(router, 1)
+    assert sum(load.is_draining for load in router.fleet.loads.values()) == 1
+    state = pool_state(router, 0.0, 0.0)
+    planner = Planner()
+    first, second = planner.decide(state, 0.0), planner.decide(state, 1.0)
+    assert first == second, "no pause: nothing is served meanwhile"
+    assert (first.take_from, first.give_to) == (full, empty)  # type: ignore[union-attr]
 
 
 def test_a_reason_has_the_figures() -> None:

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from test_endpoints import assert_is_error
 
-from kvrelay.errors import WorkerFailed
+from kvrelay.errors import KVRelayError, WorkerFailed
+from kvrelay.metrics import Report
 from kvrelay.outputs import StreamEvent
 from kvrelay.server import gate
 from kvrelay.server.streaming import _merged
@@ -67,6 +68,16 @@ def test_a_server_on_its_way_out_says_so(tiny_directory: Path) -> None:
         assert gone.json()["error"]["code"] == "shutting_down"
         assert httpx.get(f"{served.url}/ready").json()["reason"] == "the engine is closed"
         assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_server_whose_router_failed_is_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed() -> Report:
+        raise KVRelayError("the router failed: ValueError: x")
+
+    monkeypatch.setattr(served.engine, "report", failed)
+    ready = httpx.get(f"{served.url}/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "the router failed: ValueError: x")
+    assert httpx.get(f"{served.url}/v1/kvrelay/live").text == ""
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

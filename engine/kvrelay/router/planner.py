@@ -9,7 +9,8 @@ from typing import Literal
 
 from kvrelay.errors import InvalidRequest, KVRelayError
 from kvrelay.router.core import Router
-from kvrelay.router.roles import RoleChanges
+from kvrelay.router.load import Load
+from kvrelay.router.roles import OnDone, RoleChanges
 from kvrelay.router.telemetry import Telemetry
 
 Pool = Literal["prefill", "decode"]
@@ -50,7 +51,8 @@ class Decision:
 
 
 class Planner:
-    """Decides after the same shortage has lasted `PATIENCE_S`, and at most once in `PAUSE_S`.
+    """Decides after the same shortage has lasted `PATIENCE_S`, and at most once in `PAUSE_S`; but at once
+    where one pool is empty, as nothing is served until it is not.
 
     A pool is short only while the other has room to spare, so that a worker never goes back and forth: what
     makes one short and what lets the other give are apart (`FULL` and `ROOMY`, `MANY_MISSED` and
@@ -64,6 +66,10 @@ class Planner:
 
     def decide(self, state: PoolState, now_s: float) -> Decision | None:
         """The change to make now, or None."""
+        decision = _one_is_empty(state)
+        if decision is not None:
+            self._decided_s, self._shortage = now_s, None
+            return decision
         decision = self._prefill_is_short(state) or self._decode_is_short(state)
         if decision is None:
             self._shortage = None
@@ -101,6 +107,14 @@ class Planner:
         )
 
 
+def _one_is_empty(state: PoolState) -> Decision | None:
+    if state.num_decode == 0 and state.num_prefill >= 2:
+        return Decision("prefill", "decode", f"no decode worker is left, of prefill {state.num_prefill} are")
+    if state.num_prefill == 0 and state.num_decode >= 2:
+        return Decision("decode", "prefill", f"no prefill worker is left, of decode {state.num_decode} are")
+    return None
+
+
 def pool_state(router: Router, ttft_missed: float, itl_missed: float) -> PoolState:
     """The pools as the router sees them now; shares of recent requests that missed each SLO are told."""
     prefills, decodes = router.fleet.alive("prefill"), router.fleet.alive("decode")
@@ -127,6 +141,7 @@ class PoolPlanner:
         self._router, self._roles, self._telemetry = router, roles, telemetry
         self._planner = Planner(router.settings.slo_ttft_s)
         self._next_s = 0.0
+        self._refusal = ""
 
     def step(self, now_s: float) -> None:
         """Decide, if it is time."""
@@ -138,17 +153,28 @@ class PoolPlanner:
             self._carry_out(decision, now_s)
 
     def _carry_out(self, decision: Decision, now_s: float) -> None:
-        workers = self._router.fleet.alive(decision.take_from)
-        worker_id = min(workers, key=lambda load: load.num_requests + load.num_prompts).worker_id
-        logger.warning("%s becomes a %s worker: %s", worker_id, decision.give_to, decision.reason)
+        """Change the idlest worker that may change."""
+        workers, refusal = self._router.fleet.alive(decision.take_from), ""
+        for load in sorted(workers, key=lambda load: load.num_requests + load.num_prompts):
+            try:
+                self._roles.begin(load.worker_id, decision.give_to, now_s, self._on_done(load))
+            except InvalidRequest as error:
+                refusal = str(error)
+                continue
+            self._refusal = ""
+            logger.warning("%s becomes a %s worker: %s", load.worker_id, decision.give_to, decision.reason)
+            return
+        if refusal != self._refusal:  # said once, not every minute
+            self._refusal = refusal
+            logger.warning(
+                "no worker can become a %s worker (%s): %s", decision.give_to, decision.reason, refusal
+            )
 
+    def _on_done(self, load: Load) -> OnDone:
         def on_done(error: KVRelayError | None) -> None:
             self._telemetry.on_role_change("done" if error is None else "rolled_back")
-            logger.warning("%s is now a %s worker", worker_id, self._router.fleet.loads[worker_id].role)
+            logger.warning("%s is now a %s worker", load.worker_id, load.role)
             if error is not None:
                 logger.warning("its change was rolled back: %s", error)
 
-        try:
-            self._roles.begin(worker_id, decision.give_to, now_s, on_done)
-        except InvalidRequest as error:
-            logger.warning("%s keeps its role: %s", worker_id, error)
+        return on_done

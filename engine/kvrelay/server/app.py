@@ -118,9 +118,7 @@ async def _answer(
     trace = request.headers.get("traceparent")
     prepared = [replace(one, traceparent=trace) for one in plan.prepared] if trace else plan.prepared
     with_progress = asked.stream is True and plan.with_measured
-    generation = Generation(
-        service.bridge, prepared, ends_only=not asked.stream, with_progress=with_progress
-    )
+    generation = Generation(service.bridge, prepared, ends_only=not asked.stream, with_progress=with_progress)
     try:
         generation.watch(request.receive)
         if not asked.stream:

@@ -11,7 +11,7 @@ from importlib import resources
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from kvrelay.errors import EngineClosed
+from kvrelay.errors import KVRelayError
 from kvrelay.metrics import WorkerReport
 from kvrelay.outputs import InFlight
 from kvrelay.server.generation import Ended, until_gone
@@ -55,7 +55,7 @@ class LiveFeed:
         self._encoded, self._taken_s = b"", -PERIOD_S
 
     async def latest(self) -> bytes:
-        """The newest snapshot as one event. Raises `EngineClosed`."""
+        """The newest snapshot as one event. Raises `EngineClosed`, or what the router failed with."""
         async with self._lock:
             if time.monotonic() - self._taken_s > PERIOD_S / 2:
                 snapshot = await asyncio.to_thread(self._take)
@@ -71,7 +71,7 @@ class LiveFeed:
             while not gone.done() and not stopping.done():
                 try:
                     yield await self.latest()
-                except EngineClosed:
+                except KVRelayError:  # it is closed, or its router failed
                     return
                 await asyncio.wait((gone, stopping), timeout=PERIOD_S, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from kvrelay.errors import EngineClosed, InvalidRequest
+from kvrelay.errors import InvalidRequest, KVRelayError
 from kvrelay.metrics import CONTENT_TYPE, Report
 from kvrelay.server.body import read_body
 from kvrelay.server.logprobs import spelled
@@ -148,7 +148,7 @@ async def _why_not_ready(service: Service) -> str | None:
         return "the server is shutting down"
     try:
         report = await asyncio.to_thread(service.engine.report)
-    except EngineClosed as error:
+    except KVRelayError as error:  # it is closed, or its router failed
         return str(error)
     alive = {worker.role for worker in report.workers if worker.is_alive}
     missing = [role for role in ("prefill", "decode") if not alive & {role, "colocated"}]
