@@ -7,15 +7,18 @@ from test_router_core import Desk, desk, mark, request  # noqa: F401  the fixtur
 
 from kvrelay.router.breaker import COOL_DOWN_S, MAX_COOL_DOWN_S, MAX_FAILURES, WINDOW_S, Breaker
 from kvrelay.router.load import Job, Pair
+from kvrelay.types import RequestId
 from kvrelay.wire import AttemptFailed
+
+PROBE, OTHER = RequestId("probe"), RequestId("other")
 
 
 def opened(at_s: float = 0.0) -> Breaker:
     breaker = Breaker()
     for _ in range(MAX_FAILURES):
         assert breaker.allows(at_s)
-        breaker.on_sent(at_s)
-        breaker.on_failure(at_s)
+        breaker.on_sent(PROBE, at_s)
+        breaker.on_failure(PROBE, at_s)
     return breaker
 
 
@@ -23,7 +26,7 @@ def test_it_opens_after_failures_in_a_row_only() -> None:
     breaker = Breaker()
     for _ in range(3):
         for _ in range(MAX_FAILURES - 1):
-            breaker.on_failure(1.0)
+            breaker.on_failure(PROBE, 1.0)
         breaker.on_success()
     assert breaker.state(1.0) == "closed"
     assert opened(1.0).state(1.0) == "open"
@@ -32,7 +35,7 @@ def test_it_opens_after_failures_in_a_row_only() -> None:
 def test_failures_far_apart_do_not_open_it() -> None:
     breaker = Breaker()
     for number in range(4 * MAX_FAILURES):
-        breaker.on_failure(number * WINDOW_S / (MAX_FAILURES - 2))
+        breaker.on_failure(PROBE, number * WINDOW_S / (MAX_FAILURES - 2))
         assert breaker.state(number * WINDOW_S) == "closed"
 
 
@@ -40,11 +43,10 @@ def test_after_the_pause_one_request_decides() -> None:
     breaker = opened()
     assert not breaker.allows(COOL_DOWN_S - 0.01)
     assert breaker.state(COOL_DOWN_S) == "half_open"
-    breaker.on_sent(COOL_DOWN_S)
+    breaker.on_sent(PROBE, COOL_DOWN_S)
     assert not breaker.allows(COOL_DOWN_S), "one at a time"
     breaker.on_success()
     assert breaker.state(COOL_DOWN_S) == "closed"
-    assert breaker.num_openings == 1
 
 
 def test_a_failed_probe_doubles_the_pause_up_to_a_limit() -> None:
@@ -54,28 +56,38 @@ def test_a_failed_probe_doubles_the_pause_up_to_a_limit() -> None:
         while not breaker.allows(now_s):
             now_s += 0.5
         pauses.append(now_s - start_s)
-        breaker.on_sent(now_s)
-        breaker.on_failure(now_s)
+        breaker.on_sent(PROBE, now_s)
+        breaker.on_failure(PROBE, now_s)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *[MAX_COOL_DOWN_S] * 3]
 
 
 def test_a_success_makes_the_next_pause_short_again() -> None:
     breaker = opened()
-    breaker.on_sent(COOL_DOWN_S)
-    breaker.on_failure(COOL_DOWN_S)
-    breaker.on_sent(COOL_DOWN_S + 2 * COOL_DOWN_S)
+    breaker.on_sent(PROBE, COOL_DOWN_S)
+    breaker.on_failure(PROBE, COOL_DOWN_S)
+    breaker.on_sent(PROBE, COOL_DOWN_S + 2 * COOL_DOWN_S)
     breaker.on_success()
     for _ in range(MAX_FAILURES):
-        breaker.on_failure(10.0)
+        breaker.on_failure(PROBE, 10.0)
     assert not breaker.allows(10.0 + COOL_DOWN_S - 0.01)
     assert breaker.allows(10.0 + COOL_DOWN_S)
 
 
 def test_an_aborted_probe_leaves_the_decision_to_the_next() -> None:
     breaker = opened()
-    breaker.on_sent(COOL_DOWN_S)
-    breaker.on_withdrawn()
+    breaker.on_sent(PROBE, COOL_DOWN_S)
+    breaker.on_withdrawn(PROBE)
     assert breaker.allows(COOL_DOWN_S)
+
+
+def test_who_was_there_before_does_not_decide() -> None:
+    breaker = opened()
+    breaker.on_sent(PROBE, COOL_DOWN_S)
+    breaker.on_sent(OTHER, COOL_DOWN_S)
+    breaker.on_withdrawn(OTHER)
+    assert not breaker.allows(COOL_DOWN_S), "the first one is still out"
+    breaker.on_failure(OTHER, COOL_DOWN_S)
+    assert breaker.allows(2 * COOL_DOWN_S), "the pause is not doubled"
 
 
 def failed(number: int, attempt: int) -> AttemptFailed:

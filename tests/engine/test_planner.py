@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvrelay.experiments.simulated_worker import WorkerModel
 from kvrelay.experiments.simulation import Arrival, Simulation
 from kvrelay.router.core import Router
+from kvrelay.router.links import Links
 from kvrelay.router.planner import (
     MANY_MISSED,
     PATIENCE_S,
@@ -22,7 +23,6 @@ from kvrelay.router.planner import (
     PoolState,
     pool_state,
 )
-from kvrelay.router.links import Links
 from kvrelay.router.policies import open_policy
 from kvrelay.router.probes import Probes
 from kvrelay.router.roles import RoleChanges

@@ -1,18 +1,24 @@
 """The router's rules at their edges, one worker or request more or less on either side of each."""
 
+from collections.abc import Callable
+
 import pytest
 from test_router_core import Desk, desk, mark, request, reserved  # noqa: F401  the fixture
 
+from kvrelay.cache.prefix import Prefixes
 from kvrelay.errors import Overloaded, WorkerFailed
 from kvrelay.router.admission import WaitingQueue
 from kvrelay.router.breaker import COOL_DOWN_S, MAX_FAILURES
 from kvrelay.router.core import MAX_DEATHS, Router
+from kvrelay.router.counts import RunCounts
 from kvrelay.router.fleet import Fleet
 from kvrelay.router.load import Job, Load, Pair
 from kvrelay.router.policies import open_policy
+from kvrelay.router.probes import Probes
 from kvrelay.router.settings import RouterSettings
-from kvrelay.types import BLOCK_SIZE, WorkerId
-from kvrelay.wire import Abort, Reserve
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.types import BLOCK_SIZE, RequestId, WorkerId
+from kvrelay.wire import Abort, NewToken, Reserve, Reserved, StepReport
 from tiny_engine import hello
 
 
@@ -106,7 +112,7 @@ def test_who_is_moved_away_is_stopped_where_it_was(desk: Desk) -> None:  # noqa:
 def test_a_deciding_request_that_is_ended_from_outside_leaves_the_decision_to_the_next(desk: Desk) -> None:  # noqa: F811
     breaker = desk.router.fleet.loads[WorkerId("d0")].breaker
     for _ in range(MAX_FAILURES):
-        breaker.on_failure(0.0)
+        breaker.on_failure(RequestId("earlier"), 0.0)
     desk.router.fleet.workers[WorkerId("d1")].is_alive = False
     desk.router.submit(request(0), COOL_DOWN_S)
     assert not breaker.allows(COOL_DOWN_S)
@@ -137,3 +143,52 @@ def test_the_queue_has_room_for_exactly_its_limit() -> None:
     with pytest.raises(Overloaded):
         queue.check_room(0.0)
     assert queue.num_refused == 1
+
+
+def test_a_waiting_request_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is looked at; and again when it has more tokens."""
+    router, _ = small_pool(None, max_num_seqs=1)
+    router.fleet.loads[WorkerId("d0")].change_cached([b"x"], [])
+    named: list[int] = []
+    names = Prefixes.names
+
+    def spy(prefixes: Prefixes, params: SamplingParams, token_ids: list[int], count: int) -> list[bytes]:
+        named.append(len(token_ids))
+        return names(prefixes, params, token_ids, count)
+
+    monkeypatch.setattr(Prefixes, "names", spy)
+    running, waiting = request(0, 5), request(1, 200)
+    router.submit(running, 0.0)
+    router.submit(waiting, 0.0)
+    for _ in range(20):
+        router.tick(1.0)
+    assert named == [5, 200]
+    waiting.token_ids.append(1)
+    router.finish(running.request_id, "abort", 2.0)
+    assert waiting.decode is not None
+    assert named == [5, 200, 201]
+
+
+def test_a_request_of_our_own_is_in_nobodys_books() -> None:
+    router, updates = small_pool(None)
+    noted: list[str] = []
+
+    class Notes:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *given: noted.append(name)
+
+    router.observer = Notes()
+    pair = (WorkerId("p0"), WorkerId("d0"))
+    name = Probes(router).send("x", pair, 1.0, lambda routed, update: None)
+    router.on_message(Reserved(request_id=name, attempt=1, ticket=None, at_s=1.0), 1.0)
+    for token_id in (7, 8):
+        new = NewToken(
+            request_id=name, attempt=1, token_id=token_id, finish_reason="length" if token_id == 8 else None
+        )
+        times = {"start_s": 1.0, "end_s": 2.0, "cpu_s": 0.0}
+        router.on_message(
+            StepReport(worker_id=pair[1], phase="decode", num_tokens={name: 1}, tokens=(new,), **times), 2.0
+        )
+    assert updates[-1].finish_reason == "length"  # type: ignore[attr-defined]
+    assert router.counts == RunCounts()
+    assert noted == []

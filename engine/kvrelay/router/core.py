@@ -73,7 +73,8 @@ class Router:
         if request.deadline_s is None and self.settings.queue_timeout_s is not None:
             request.deadline_s = now_s + self.settings.queue_timeout_s
         self.requests[request.request_id] = request
-        self.counts.arrived(request, now_s)
+        if request.is_counted:
+            self.counts.arrived(request, now_s)
         request.ledger.add("arrived", now_s)
         self._enqueue(request, now_s)
 
@@ -174,10 +175,11 @@ class Router:
             return
         request.token_ids.append(token.token_id)
         request.ledger.token(now_s)
-        self.counts.num_output_tokens += 1
         self.fleet.grow(request)
-        if self.observer is not None:
-            self.observer.on_token(request)
+        if request.is_counted:
+            self.counts.num_output_tokens += 1
+            if self.observer is not None:
+                self.observer.on_token(request)
         update = update_of(token, now_s)
         if token.finish_reason is None:
             self._deliver(update)
@@ -205,7 +207,7 @@ class Router:
             return
         request = self.requests[message.request_id]
         request.ticket = ticket
-        if self.observer is not None:
+        if self.observer is not None and request.is_counted:
             self.observer.on_reserved(request, message.at_s - request.reserved_at_s)
         if ticket is None:
             request.note_cached(message.num_cached_tokens)
@@ -293,12 +295,13 @@ class Router:
             self._say(worker_id, abort)
 
     def _end(self, request: RoutedRequest, update: Update) -> None:
-        self.counts.ended(request, update)
         self.queue.remove(request)
         self.fleet.unload(request)
         del self.requests[request.request_id]
-        if self.observer is not None:
-            self.observer.on_end(request, update)
+        if request.is_counted:
+            self.counts.ended(request, update)
+            if self.observer is not None:
+                self.observer.on_end(request, update)
         self._deliver(update)
 
     def _say(self, worker_id: WorkerId, message: Message) -> None:

@@ -89,15 +89,12 @@ class Fleet:
 
     def job(self, request: RoutedRequest) -> Job:
         """The request as policies see it."""
-        hashes: Sequence[bytes] = ()
-        if any(load.cached for load in self.loads.values()):
-            prefixes = Prefixes(self._layout.fingerprint(), self._settings.attention)
-            hashes = prefixes.names(request.params, request.token_ids, request.num_prompt_tokens)
+        is_any_cached = any(load.cached for load in self.loads.values())
         return Job(
             num_tokens=request.num_prefill_tokens,
             max_new_tokens=request.max_total_tokens - len(request.token_ids),
             num_others=sum(load.num_requests for load in self.loads.values()),
-            block_hashes=hashes,
+            block_hashes=self._names(request) if is_any_cached else (),
             slo_ttft_s=self._settings.slo_ttft_s,
             slo_itl_s=self._settings.slo_itl_s,
         )
@@ -134,7 +131,7 @@ class Fleet:
         request.num_blocks_held = num_blocks(len(request.token_ids)) - request.num_blocks_shared
         pair.decode.num_used_blocks += request.num_blocks_held
         for load in {pair.prefill.worker_id: pair.prefill, pair.decode.worker_id: pair.decode}.values():
-            load.breaker.on_sent(now_s)
+            load.breaker.on_sent(request.request_id, now_s)
 
     def grow(self, request: RoutedRequest) -> None:
         """A token was delivered: the request may have grown by a block."""
@@ -155,7 +152,7 @@ class Fleet:
         """The attempt is over. Idempotent."""
         self.unload_prefill(request)
         for worker_id in {request.prefill, request.decode} - {None}:
-            self.loads[worker_id].breaker.on_withdrawn()  # type: ignore[index]
+            self.loads[worker_id].breaker.on_withdrawn(request.request_id)  # type: ignore[index]
         if request.decode is not None:
             load = self.loads[request.decode]
             load.num_requests -= 1
@@ -175,7 +172,7 @@ class Fleet:
         request.avoid = request.decode if request.num_failures % 2 else request.prefill
         for worker_id in dict.fromkeys((request.prefill, request.decode)):
             if worker_id is not None:
-                self.loads[worker_id].breaker.on_failure(now_s)
+                self.loads[worker_id].breaker.on_failure(request.request_id, now_s)
 
     def add_step(self, step: StepReport) -> None:
         """A worker reported an engine step."""
@@ -191,6 +188,14 @@ class Fleet:
         for worker_id, totals in self.workers.items():
             fresh = WorkerTotals(totals.hello, heartbeat=totals.heartbeat, is_alive=totals.is_alive)
             self.workers[worker_id] = fresh
+
+    def _names(self, request: RoutedRequest) -> Sequence[bytes]:
+        """Names of the request's full blocks, computed again only when it has more tokens."""
+        if request.num_named != len(request.token_ids):
+            prefixes = Prefixes(self._layout.fingerprint(), self._settings.attention)
+            named = (request.params, request.token_ids, request.num_prompt_tokens)
+            request.block_names, request.num_named = prefixes.names(*named), len(request.token_ids)
+        return request.block_names
 
     def _stays_local(self, decode: Load, num_tokens: int, num_cached: int) -> bool:
         return num_tokens == 0 or 0 < num_tokens - num_cached <= self.local_prefill_tokens

@@ -1,5 +1,6 @@
 """One request as the router sees it, from arrival to its one end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,6 +97,13 @@ class RoutedRequest:
     hand_off: HandOff = NO_HAND_OFF
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     held: list[NewToken] = field(default_factory=list)
+    block_names: Sequence[bytes] = ()  # of the full blocks of its first `num_named` tokens
+    num_named: int = 0
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is a user's; requests of our own have their pair given."""
+        return self.pinned is None
 
     @property
     def num_prefill_tokens(self) -> int:
