@@ -165,9 +165,8 @@ class Engine:
         ).result()
 
     def slo(self) -> tuple[int, int]:
-        """Requests that met `slo_ttft_s` and `slo_itl_s`, and that missed them; none without either."""
-        telemetry = self._runtime.control.telemetry
-        return telemetry.num_met, telemetry.num_missed
+        """Requests that met `slo_ttft_s` and `slo_itl_s`, and those that did not: late, failed or refused."""
+        return self._runtime.control.telemetry.slo()
 
     def metrics(self) -> bytes:
         """What `/metrics` shows, as Prometheus text (`kvrelay.metrics.CONTENT_TYPE`). See docs/metrics.md.

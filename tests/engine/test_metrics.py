@@ -178,6 +178,7 @@ def test_figures_are_those_that_were_fed() -> None:
     text = told.render(energy, 10.0)
     source = {"source": "model(idle_w=1,busy_w=2)"}
     assert value(text, "kvrelay:slo_attainment_ratio") == pytest.approx(1 / 3)
+    assert told.slo() == (1, 2), "what the page shows is of the same requests"
     assert value(text, "kvrelay:slo_requests_total", outcome="missed") == 1.0
     assert value(text, "kvrelay:goodput_requests_per_joule", **source) == pytest.approx(0.01)
     assert value(text, "kvrelay:output_tokens_per_joule", **source) == pytest.approx(0.06)

@@ -19,6 +19,10 @@ from tiny_server import Served
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = "--headless --no-sandbox --disable-gpu --remote-debugging-pipe"
 
+SIX = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 6}
+SHOWN = """[...document.querySelectorAll('#flight tr')].map(
+  row => [...row.children].filter(cell => cell.offsetParent !== null).length)"""
+
 
 class Browser:
     """The DevTools protocol over a pair of pipes: JSON documents that end in a zero byte."""
@@ -44,7 +48,7 @@ class Browser:
                 return dict(answer["result"])
 
     def evaluate(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
 
 @contextmanager
@@ -93,5 +97,12 @@ def test_a_browser_draws_what_the_feed_says(served: Served, tmp_path: Path) -> N
         dark = [{"name": "prefers-color-scheme", "value": "dark"}]
         page.call("Emulation.setEmulatedMedia", features=dark)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing sticks out"
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=SIX, timeout=60) as busy:
+            pieces = busy.iter_raw()
+            next(pieces)
+            while page.evaluate("document.querySelectorAll('#flight tr').length") < 7:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+            assert page.evaluate(SHOWN) == [5] * 7, "the workers' column is hidden, and no request"
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
         assert page.complaints == []

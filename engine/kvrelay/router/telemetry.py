@@ -103,6 +103,11 @@ class Telemetry:
         in_time, smooth = (sum(met[i] for met in self._recent) for i in (1, 2))
         return (len(self._recent) - in_time) / count, (len(self._recent) - smooth) / count
 
+    def slo(self) -> tuple[int, int]:
+        """Requests that met the SLO, and those that did not: late, failed or refused."""
+        failed = self._router.counts.num_ended["failed"] + self._router.queue.num_refused
+        return self.num_met, self.num_missed + failed
+
     def render(self, energy: EnergyReport, now_s: float) -> bytes:
         """The text exposition of everything, with the meter's latest report."""
         self._collect_requests()
@@ -231,8 +236,7 @@ class Telemetry:
         if not self._has_slo:
             return
         registry = self.registry
-        failed = self._router.counts.num_ended["failed"] + self._router.queue.num_refused
-        registry.set("slo_attainment_ratio", ratio(self.num_met, self.num_met + self.num_missed + failed))
+        registry.set("slo_attainment_ratio", ratio(self.num_met, sum(self.slo())))
         registry.set("goodput_requests_per_second", ratio(self.num_met, window_s))
         if energy.source is not None:
             registry.set("goodput_requests_per_joule", ratio(self.num_met, energy.gross_j), energy.source)
