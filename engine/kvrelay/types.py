@@ -33,7 +33,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What two workers must agree on before KV may move between them.
 
     One page of one layer holds K then V of `block_size` tokens, each `[num_kv_heads, block_size, head_dim]`.
-    `model` identifies the weights (a digest of the configuration and of the weight files' headers).
+    `model` identifies the model (a digest of its configuration and weights).
     `dense_below_tokens` is the number that `"auto"` stands for in settings of sparse attention, on which KV
     depends; None where there are none.
     """

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import rewrite_json, saved, tiny_model
 
 from kvrelay.errors import ModelError
+from kvrelay.models import weights
 from kvrelay.models.decoder import load_decoder
 
 
@@ -103,3 +104,35 @@ def test_index_without_a_map_is_named(directory: Path) -> None:
 def test_config_that_does_not_fit_the_weights(directory: Path) -> None:
     rewrite_json(directory / "config.json", num_hidden_layers=4)
     assert "model.layers.3." in refusal(directory)
+
+
+def test_weights_of_equal_shapes_are_told_apart_by_any_byte(directory: Path) -> None:
+    first = weights.weights_digest(directory)
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert weights.weights_digest(directory) != first
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert weights.weights_digest(directory) == first
+
+
+def test_weights_too_many_to_be_read_whole_are_told_apart_by_a_change_all_over_any_tensor(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(weights, "DIGESTED_BYTES", path.stat().st_size // 20)
+    (header, *chunks) = weights._samples(path, 64 * 20)
+    assert max(map(len, chunks)) == 64
+    assert sum(map(len, chunks)) < path.stat().st_size // 5
+    found = {weights.weights_digest(directory)}
+    for name, tensor in tensors.items():
+        tuned = tensor.clone()
+        tuned.flatten()[-2 * 64 * 20 // tensor.itemsize :] *= 1.001  # all of a small one, a large one's end
+        save_file(tensors | {name: tuned}, path)
+        found.add(weights.weights_digest(directory))
+    assert len(found) == 1 + len(tensors)
+    assert header[8:9] == b"{"

@@ -25,6 +25,7 @@ from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
 from kvrelay.models.native import NativeDecoder
 from kvrelay.models.spec import ModelSpec
+from kvrelay.models.weights import weights_digest
 from kvrelay.runner import Runner
 from kvrelay.transport import open_transport
 from kvrelay.transport.base import InprocHub, Site
@@ -197,18 +198,14 @@ def _asked_blocks(engine: EngineConfig) -> tuple[int | None, str]:
 
 
 def model_identity(directory: Path, rope_scaling: str | None = None) -> str:
-    """16 hex digits of the configuration, the scaling, and each weight file's name, size and header.
+    """16 hex digits of the configuration, the scaling and the weights, these as `weights_digest` covers them.
 
-    Two directories that differ only in weight values of equal shape, file by file, are not told apart.
+    What it equals for may share KV: between workers, and with files of an earlier engine.
     """
-    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=8)
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
     digest.update((rope_scaling or "").encode())
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, 1 << 20))
-        digest.update(f"{path.name}/{path.stat().st_size}".encode() + header)
-    return digest.hexdigest()
+    digest.update(weights_digest(directory))
+    return digest.hexdigest()[:16]
 
 
 def _multiplies_bfloat16() -> bool:
