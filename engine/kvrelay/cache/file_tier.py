@@ -8,7 +8,8 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from kvrelay.errors import InvalidConfig
 MAGIC = b"kvrelay KV block 2\n"
 DIGEST_BYTES = 16
 SUFFIX = ".kvblock"
+LOCK = "lock"
+LOCK_WAIT_S = 8.0  # workers whose engine was killed may write for five seconds yet
 MAX_UNWRITTEN_BYTES = 256 << 20  # blocks that come faster than the disk takes them are not kept
 
 
@@ -64,6 +67,7 @@ class FileTier:
         size = len(MAGIC) + DIGEST_BYTES + len(data)
         with self._changed:
             if name in self._sizes:
+                self._sizes.move_to_end(name)
                 return []
             if size > self._max_bytes or self._unwritten_bytes + len(data) > MAX_UNWRITTEN_BYTES:
                 return [(name, data)]
@@ -77,10 +81,10 @@ class FileTier:
 
     def get(self, name: bytes) -> Content | None:
         with self._changed:
-            size = self._sizes.pop(name, None)
+            size = self._sizes.get(name)
             if size is None:
                 return None
-            self._sizes[name] = size
+            self._sizes.move_to_end(name, last=False)
             if name in self._unwritten:
                 return self._unwritten[name]
         data = _read(self._path(name), name, size)
@@ -105,8 +109,13 @@ class FileTier:
             return self._changed.wait_for(lambda: not self._due, timeout_s)
 
     def close(self) -> None:
-        """Finish the file in progress and join the thread: what has not been waited for is not kept."""
+        """Finish the file in progress and join the thread: what has not been waited for is not kept.
+
+        Lets the directory go. Safe to call twice.
+        """
         with self._changed:
+            if self._is_closed:
+                return
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
@@ -144,7 +153,8 @@ class FileTier:
                     self._path(name).unlink(missing_ok=True)
             except OSError:  # a full disk is no reason to fail a request: the block is not kept
                 with self._changed:
-                    self._drop(name)
+                    if data is not None and self._unwritten.get(name) is data:  # not put anew since
+                        self._drop(name)
             with self._changed:
                 self._due.popleft()
                 if self._unwritten.get(name) is data:
@@ -156,28 +166,43 @@ class FileTier:
 
 
 def _locked(directory: Path) -> int:
-    """The directory, made, open and locked until it is closed or the process ends."""
+    """The directory's lock, locked until it is closed or the process ends; the directory is made.
+
+    A file open for writing: over NFS no other can be locked.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        opened = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, mode=0o600)
     except OSError as error:
         raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
+    deadline_s = time.monotonic() + LOCK_WAIT_S
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _lock(opened):
+            if time.monotonic() > deadline_s:
+                raise BlockingIOError("another engine uses it")
+            time.sleep(0.05)
     except OSError as error:
         os.close(opened)
-        why = "another engine uses it" if isinstance(error, BlockingIOError) else error
-        raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {why}") from error
+        raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
     return opened
 
 
-def _found(directory: Path) -> dict[bytes, int]:
+def _lock(opened: int) -> bool:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _found(directory: Path) -> OrderedDict[bytes, int]:
     """The blocks left by an earlier process and their files' sizes, the first written first."""
     try:
         found = sorted((path.stat().st_mtime_ns, path) for path in directory.glob(f"*{SUFFIX}"))
         for left_over in directory.glob("*.partial"):
             left_over.unlink()
-        return {bytes.fromhex(p.stem): p.stat().st_size for _, p in found if _is_hex(p.stem) and p.is_file()}
+        blocks = [path for _, path in found if _is_hex(path.stem) and path.is_file()]
+        return OrderedDict((bytes.fromhex(path.stem), path.stat().st_size) for path in blocks)
     except OSError as error:
         raise InvalidConfig(f"kv_file_directory={str(directory)!r}: {error}") from error
 

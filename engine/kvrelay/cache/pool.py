@@ -3,7 +3,7 @@
 Knows block ids and names of contents (`cache.prefix`). Knows nothing about tensors, tokens or requests.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice, takewhile
 from typing import Protocol
 
@@ -22,11 +22,14 @@ class Backing(Protocol):
     def names(self) -> set[bytes]:
         """The names of all contents kept, at first those of an earlier process."""
 
-    def fetch(self, names: Sequence[bytes]) -> list[Content]:
-        """The contents of the longest run of names, from the first, that are kept."""
+    def fetch(self, names: Sequence[bytes]) -> Iterator[Content]:
+        """The contents of the longest run of names, from the first, that are kept: read as they are taken."""
 
-    def fill(self, blocks: Sequence[int], contents: Sequence[Content]) -> None:
-        """Write contents into the last of a prefix's blocks; the others are full."""
+    def fill(self, block: int, content: Content) -> None:
+        """Write a content into a block."""
+
+    def complete(self, blocks: Sequence[int], num_filled: int) -> None:
+        """The last `num_filled` of a prefix's blocks have been filled, and are about to be shared."""
 
     def close(self, held: Sequence[tuple[bytes, int]]) -> None:
         """Keep, beyond this process where that can be, what these blocks hold, the longest unused first."""
@@ -92,16 +95,26 @@ class BlockPool:
         Those that are found are shared, the others allocated; of these, a run that the backing has is filled.
         """
         found = self.find(names)
-        contents = self._backing.fetch(names[len(found) :]) if self._backing is not None else []
-        num_full = (len(found) + len(contents)) // multiple * multiple
-        found = found[:num_full]
-        num_found = len(found)
         self.retain(found)
-        blocks = found + self.allocate(count - num_found)
-        if self._backing is not None and num_full > num_found:
-            self._backing.fill(blocks[:num_full], contents[: num_full - num_found])
-            self.publish(blocks[num_found:num_full], names[num_found:num_full])
+        blocks = found + self._fetch(names[len(found) :])
+        num_full = len(blocks) // multiple * multiple
+        self.release(found[num_full:])  # the rest of their unit is not there
+        del blocks[num_full : len(found)]
+        blocks += self.allocate(count - len(blocks))
+        fetched = blocks[len(found) : num_full]
+        if self._backing is not None and fetched:
+            self._backing.complete(blocks[:num_full], len(fetched))
+            self.publish(fetched, names[len(found) : num_full])
         return blocks, num_full
+
+    def _fetch(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks filled with the run of names that the backing has; no content waits for its block."""
+        blocks: list[int] = []
+        if self._backing is not None:
+            for content in self._backing.fetch(names):
+                blocks += self.allocate(1)
+                self._backing.fill(blocks[-1], content)
+        return blocks
 
     def publish(self, blocks: Sequence[int], names: Sequence[bytes]) -> None:
         """Say what these taken blocks hold, now and until they are free. A held name stays put."""

@@ -79,13 +79,14 @@ class KVStore:
         kv = PagedKV(k_pages=k_pages, v_pages=v_pages, block_table=table_, seq_lens=lengths_)
         update_kv_block_stats(self._stats[layer], kv, new_)
 
-    def refresh_stats(self, block_ids: Sequence[int], num_tokens: int) -> None:
+    def refresh_stats(self, block_ids: Sequence[int], num_tokens: int, num_new: int | None = None) -> None:
         """Statistics from the keys themselves, for blocks whose bytes came from elsewhere.
 
-        `block_ids` hold a sequence's first `num_tokens` tokens in order. Reads each key once.
+        `block_ids` hold a sequence's first `num_tokens` tokens in order, of which the last `num_new` (None:
+        all) came. Reads each key of these once.
         """
         for layer in range(len(self._stats)):
-            self.update_stats(layer, [(block_ids, num_tokens, num_tokens)])
+            self.update_stats(layer, [(block_ids, num_tokens, num_tokens if num_new is None else num_new)])
 
     def land(self, block_ids: Sequence[int]) -> None:
         """Make the landed bytes of these blocks visible in `pages`."""

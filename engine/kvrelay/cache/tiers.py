@@ -3,7 +3,7 @@
 Knows names of contents and bytes. Knows nothing of pages, tokens or requests.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -11,24 +11,27 @@ Content = bytes | bytearray | memoryview
 
 
 class Tier(Protocol):
-    """Keeps blocks' bytes by name, the longest unused out first."""
+    """Keeps blocks' bytes by name, the longest unused out first; before it, those that were read.
+
+    Whoever read a block has it, and puts it back when it goes there: until then this copy is needed least.
+    """
 
     name: str
 
     def put(self, name: bytes, data: Content) -> list[tuple[bytes, Content]]:
-        """Keep `data`; the blocks that had to go for it (`data` itself, if there is no room for it).
+        """Keep `data`, now the last used; the blocks that went for it (`data` itself where there is no room).
 
         The bytes of a block that went are empty where the tier has them no longer.
         """
 
     def get(self, name: bytes) -> Content | None:
-        """The bytes, which become the last used; None when they are not here, or not whole any more."""
+        """The bytes, now the first to go; None when they are not here, or not whole any more."""
 
     def __contains__(self, name: bytes) -> bool:
         """Whether the tier keeps a block of that name."""
 
     def __iter__(self) -> Iterator[bytes]:
-        """The names of the blocks kept, the longest unused first."""
+        """The names of the blocks kept, the first to go first."""
 
 
 class HostTier:
@@ -38,7 +41,7 @@ class HostTier:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._kept: dict[bytes, Content] = {}
+        self._kept: OrderedDict[bytes, Content] = OrderedDict()
         self.num_bytes = 0
 
     def put(self, name: bytes, data: Content) -> list[tuple[bytes, Content]]:
@@ -53,9 +56,9 @@ class HostTier:
         return dropped
 
     def get(self, name: bytes) -> Content | None:
-        data = self._kept.pop(name, None)
+        data = self._kept.get(name)
         if data is not None:
-            self._kept[name] = data
+            self._kept.move_to_end(name, last=False)
         return data
 
     def __contains__(self, name: bytes) -> bool:
@@ -80,7 +83,7 @@ class Tiers:
         return {name for tier in self._tiers for name in tier}
 
     def settle(self) -> Iterator[bytes]:
-        """Move all blocks down to the last tier, one at each step, the longest unused first."""
+        """Move all blocks down to the last tier, one at each step, the first to go first."""
         for level, tier in enumerate(self._tiers[:-1], start=1):
             for name in tier:
                 data = tier.get(name)
@@ -94,15 +97,16 @@ class Tiers:
             moving = [dropped for each in moving for dropped in tier.put(*each)]
         return [name for name, _ in moving if not any(name in tier for tier in self._tiers)]
 
-    def get(self, names: Sequence[bytes], num_bytes: int) -> list[Content]:
-        """The bytes of the longest run of names, from the first, that are kept, `num_bytes` each."""
-        found: list[Content] = []
+    def get(self, names: Sequence[bytes], num_bytes: int) -> Iterator[Content]:
+        """The bytes of the longest run of names, from the first, that are kept, `num_bytes` each.
+
+        Each is read when it is asked for.
+        """
         for name in names:
             data = self._get(name)
             if data is None or len(data) != num_bytes:
-                break
-            found.append(data)
-        return found
+                return
+            yield data
 
     def _get(self, name: bytes) -> Content | None:
         for tier in self._tiers:

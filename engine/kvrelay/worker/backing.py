@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvrelay.cache.file_tier import FileTier
@@ -15,10 +15,14 @@ CLOSE_S = 5.0  # a worker that stops has so long to write its blocks to files
 
 
 class PageBacking:
-    """See `kvrelay.cache.pool.Backing`. `files` is the tier that outlives the process, if there is one."""
+    """See `kvrelay.cache.pool.Backing`. `files` is the tier that outlives the process, if there is one.
+
+    `after_each` is called between the blocks of a prefix that comes back, however slow the disk.
+    """
 
     def __init__(self, store: KVStore, tiers: Tiers, files: FileTier | None = None) -> None:
         self._store, self._tiers, self._files = store, tiers, files
+        self.after_each: Callable[[], None] = lambda: None
 
     def save(self, name: bytes, block: int) -> list[bytes]:
         return self._tiers.put(name, self._store.read_block(block))
@@ -26,13 +30,15 @@ class PageBacking:
     def names(self) -> set[bytes]:
         return self._tiers.names()
 
-    def fetch(self, names: Sequence[bytes]) -> list[Content]:
+    def fetch(self, names: Sequence[bytes]) -> Iterator[Content]:
         return self._tiers.get(names, self._store.layout.block_bytes)
 
-    def fill(self, blocks: Sequence[int], contents: Sequence[Content]) -> None:
-        for block, content in zip(blocks[len(blocks) - len(contents) :], contents, strict=True):
-            self._store.write_block(block, content)
-        self._store.refresh_stats(blocks, len(blocks) * BLOCK_SIZE)
+    def fill(self, block: int, content: Content) -> None:
+        self._store.write_block(block, content)
+        self.after_each()
+
+    def complete(self, blocks: Sequence[int], num_filled: int) -> None:
+        self._store.refresh_stats(blocks, len(blocks) * BLOCK_SIZE, num_filled * BLOCK_SIZE)
 
     def close(self, held: Sequence[tuple[bytes, int]]) -> None:
         if self._files is None:
@@ -45,7 +51,12 @@ class PageBacking:
         for _ in self._tiers.settle():
             if not self._files.wait(deadline_s - time.monotonic()):
                 break
-        self._files.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the files to others, whatever has not been written; safe to call twice."""
+        if self._files is not None:
+            self._files.close()
 
 
 def open_backing(config: WorkerConfig, store: KVStore, counters: Counter[str]) -> PageBacking | None:

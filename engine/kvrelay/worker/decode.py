@@ -133,8 +133,9 @@ class DecodeSide:
             return
         if self._early.get(ticket.ticket_id) is None:
             self._parts.store.land(ticket.block_ids)
-            blocks = self._reserved[ticket.ticket_id].block_ids
-            self._parts.store.refresh_stats(blocks[: num_blocks(ticket.num_tokens)], ticket.num_tokens)
+            blocks = self._reserved[ticket.ticket_id].block_ids[: num_blocks(ticket.num_tokens)]
+            num_new = ticket.num_tokens - ticket.num_cached_tokens
+            self._parts.store.refresh_stats(blocks, ticket.num_tokens, num_new)
         self.commit_local(ticket.ticket_id, message.num_bytes)
 
     def _defect(self, ticket: TransferTicket, message: Filled) -> str:

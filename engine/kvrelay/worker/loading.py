@@ -78,18 +78,19 @@ def load_parts(
         steps = open_steps(config, decoder, store, spec) if has_steps else None
         descriptor = transport.register(store)
         counters: Counter[str] = Counter()
-        pool = BlockPool(count, open_backing(config, store, counters))
+        backing = open_backing(config, store, counters)
     except BaseException:
         transport.close()
         raise
     parts = WorkerParts(
         config=config,
-        pool=pool,
+        pool=BlockPool(count, backing),
         store=store,
         runner=Runner(decoder, store, frozenset(spec.eos_token_ids), sparse, steps),
         transport=transport,
         send=send,
         counters=counters,
+        backing=backing,
     )
     return parts, descriptor
 

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import zmq
 
 from kvrelay import codec, wire
 from kvrelay.config import WorkerConfig
-from kvrelay.errors import KVRelayError, TransportError
+from kvrelay.errors import InvalidConfig, KVRelayError, TransportError
 from kvrelay.transport.base import InprocHub, Notice, WriteDone, WriteFailed
 from kvrelay.wire import (
     MAX_CACHE_CHANGES,
@@ -48,6 +49,8 @@ class Worker:
             self._poller.register(pollable, zmq.POLLIN)
         self._next_heartbeat_s = 0.0
         self._running = True
+        if parts.backing is not None:
+            parts.backing.after_each = self._show_life
 
     def run(self) -> None:
         """Serve until told to stop; then drop everything and report what did not come home."""
@@ -139,6 +142,12 @@ class Worker:
                 )
             )
 
+    def _show_life(self) -> None:
+        """In the middle of something that may outlast a lease."""
+        now_s = time.monotonic()
+        self.prefill.renew(now_s)
+        self._beat(now_s, is_due=False)
+
     def _stop(self) -> None:
         self.prefill.close()
         num_promised = self.decode.close()
@@ -179,7 +188,10 @@ def _serve(
     send: Callable[[wire.Message], None],
 ) -> None:
     start_s = time.monotonic()
-    parts, descriptor = load_parts(config, hub, send)
+    try:
+        parts, descriptor = load_parts(config, hub, send)
+    except torch.OutOfMemoryError as error:
+        raise InvalidConfig(f"{config.worker_id} does not fit on its device: {error}") from error
     try:
         send(
             Hello(
@@ -195,4 +207,4 @@ def _serve(
         )
         Worker(parts, socket).run()
     finally:
-        parts.transport.close()
+        parts.close()

@@ -14,11 +14,12 @@ from kvrelay.runner import Runner
 from kvrelay.transport.base import Transport
 from kvrelay.types import LifeEvent, RequestSpec
 from kvrelay.wire import AttemptFailed, Mark, Message
+from kvrelay.worker.backing import PageBacking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerParts:
-    """One worker's model, pages and ways out; `send` speaks to the router."""
+    """One worker's model, pages and ways out; `send` speaks to the router, `backing` is the pool's."""
 
     config: WorkerConfig
     pool: BlockPool
@@ -27,6 +28,13 @@ class WorkerParts:
     transport: Transport
     send: Callable[[Message], None]
     counters: Counter[str] = field(default_factory=Counter)
+    backing: PageBacking | None = None
+
+    def close(self) -> None:
+        """Let go of what others could use; what has not been sent or written is lost."""
+        if self.backing is not None:
+            self.backing.let_go()
+        self.transport.close()
 
     @property
     def prefixes(self) -> Prefixes:
