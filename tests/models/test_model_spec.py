@@ -67,6 +67,8 @@ def test_old_and_new_rope_forms_are_one(old: dict[str, Any], tmp_path: Path) -> 
     [
         ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", *MODELS]),
         ({"architectures": None, "model_type": "gpt2"}, ["gpt2", "supported"]),
+        ({"architectures": {"a": 1}}, ["architectures", "list"]),
+        ({"architectures": [{"a": 1}]}, ["'a': 1", "supported"]),
         ({"hidden_act": "gelu"}, ["LlamaForCausalLM", "gelu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["LlamaForCausalLM", "awq"]),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope", "llama3", "yarn"]),
@@ -79,8 +81,14 @@ def test_old_and_new_rope_forms_are_one(old: dict[str, Any], tmp_path: Path) -> 
         ({"hidden_size": "absent"}, ["hidden_size", "positive"]),
         ({"num_key_value_heads": -2}, ["num_key_value_heads", "positive", "-2"]),
         ({"head_dim": "64"}, ["head_dim", "positive", "'64'"]),
-        ({"rms_norm_eps": "small"}, ["small"]),
-        ({"rope_theta": [1]}, ["list"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "more than 300 digits"]),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "finite"]),
+        ({"rope_theta": [1]}, ["rope_theta", "[1]"]),
+        ({"rope_theta": 10**400}, ["rope_theta", "more than 300 digits"]),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "x"}}, ["original_max"]),
+        ({"rope_scaling": {"rope_type": "yarn", "attention_factor": "x"}}, ["attention_factor", "'x'"]),
+        ({"eos_token_id": 1.5}, ["eos_token_id", "1.5"]),
         ({"num_key_value_heads": 3}, ["4 query heads", "3 KV heads"]),
         ({"head_dim": 15}, ["head_dim 15", "even"]),
         (
@@ -113,7 +121,14 @@ def test_windows_that_hide_nothing_are_accepted(tmp_path: Path) -> None:
     assert ModelSpec.from_directory(write(tmp_path, **qwen)).sliding_window is None
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", b"\xff\xfe{"])
+@pytest.mark.parametrize("ids", [1.5, [1, "2"], {"a": 1}])
+def test_ids_that_are_none_name_the_file_they_come_from(tmp_path: Path, ids: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ModelError, match=r"/generation_config\.json: eos_token_id must be .*, not "):
+        ModelSpec.from_directory(write(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", b"\xff\xfe{", '{"a": ' + "1" * 5000 + "}", "[" * 200_000])
 def test_missing_or_corrupt_config_names_the_file(text: str | bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     if text is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrelay.errors import InvalidConfig, ModelError
+from kvrelay.models.json_file import number
 
 MAX_ROPE_FACTOR = 1024
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -54,7 +55,7 @@ def rope_spec(config: Mapping[str, Any], source: Path) -> RopeSpec:
         raise ModelError(
             f"{source}: partial_rotary_factor {partial} is not supported; only whole heads rotate"
         )
-    parameters.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    parameters.setdefault("rope_theta", config.get("rope_theta"))
     return _checked(_from_parameters(kind, parameters, config, source), source)
 
 
@@ -84,29 +85,29 @@ def scaled_rope(rope: RopeSpec, rope_scaling: str, num_positions: int) -> RopeSp
 def _from_parameters(
     kind: str, parameters: dict[str, Any], config: Mapping[str, Any], source: Path
 ) -> RopeSpec:
+    def of(key: str, default: float) -> float:
+        return number(parameters, key, source, default)
+
     limit = int(config["max_position_embeddings"])
-    original = config.get("original_max_position_embeddings") or parameters.get(
-        "original_max_position_embeddings", limit
-    )
-    factor = parameters.get("factor")
-    if factor is None and kind == "yarn":
-        factor = limit / original
-    if factor is None and kind != "default":
+    key = "original_max_position_embeddings"
+    original = number(config, key, source, 0) or of(key, 0) or limit
+    if parameters.get("factor") is None and kind in ("linear", "llama3"):
         raise ModelError(f"{source}: rope type {kind!r} needs 'factor'")
     if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= parameters.keys():
         raise ModelError(f"{source}: rope type 'llama3' needs 'low_freq_factor' and 'high_freq_factor'")
+    has_attention_factor = kind == "yarn" and parameters.get("attention_factor") is not None
     return RopeSpec(
         kind=kind,
-        theta=float(parameters["rope_theta"]),
-        factor=float(factor) if factor is not None and kind != "default" else 1.0,
+        theta=of("rope_theta", 10_000.0),
+        factor=of("factor", limit / original) if kind != "default" else 1.0,
         original_max_position_embeddings=int(original),
-        low_freq_factor=float(parameters.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(parameters.get("high_freq_factor") or 4.0),
-        attention_factor=parameters.get("attention_factor") if kind == "yarn" else None,
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        mscale=float(parameters.get("mscale") or 0.0),
-        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0.0),
+        low_freq_factor=of("low_freq_factor", 1.0),
+        high_freq_factor=of("high_freq_factor", 4.0),
+        attention_factor=of("attention_factor", 1.0) if has_attention_factor else None,
+        beta_fast=of("beta_fast", 32.0),
+        beta_slow=of("beta_slow", 1.0),
+        mscale=of("mscale", 0.0),
+        mscale_all_dim=of("mscale_all_dim", 0.0),
         truncate=bool(parameters.get("truncate", True)),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvrelay.errors import InvalidConfig, ModelError
-from kvrelay.models.json_file import read_json_object, read_json_object_if_any
+from kvrelay.models.json_file import number, read_json_object, read_json_object_if_any
 from kvrelay.models.rope_spec import RopeSpec, rope_spec, scaled_rope
 
 Option = Literal["never", "always", "config"]
@@ -77,7 +77,7 @@ class ModelSpec:
         generation = read_json_object_if_any(directory / "generation_config.json")
         try:
             return cls.from_config(config, generation, directory / "config.json")
-        except (TypeError, ValueError) as error:  # a value of another kind than the field's
+        except (TypeError, ValueError, ArithmeticError) as error:  # a value of another kind than the field's
             raise ModelError(f"{directory / 'config.json'}: {error}") from error
 
     def scaled(self, rope_scaling: str | None) -> "ModelSpec":
@@ -111,7 +111,7 @@ class ModelSpec:
         sizes = _sizes(config, family, source)
         return cls(
             architecture=architecture,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=number(config, "rms_norm_eps", source, 1e-6),
             rope=rope_spec(config, source),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=_option(family.qkv_bias, config, "attention_bias"),
@@ -119,7 +119,7 @@ class ModelSpec:
             mlp_bias=_option(family.mlp_bias, config, "mlp_bias"),
             qk_norm=family.qk_norm,
             sliding_window=_sliding_window(config, architecture, source),
-            eos_token_ids=_token_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
+            eos_token_ids=_eos_token_ids(config, generation, source),
             dtype_name=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
                 "torch."
             ),
@@ -129,7 +129,9 @@ class ModelSpec:
 
 def _architecture(config: Mapping[str, Any], source: Path) -> str:
     named = config.get("architectures") or []
-    if len(named) != 1 or named[0] not in MODELS:
+    if not isinstance(named, list):
+        raise ModelError(f"{source}: architectures must be a list of names, not {named!r}")
+    if len(named) != 1 or str(named[0]) not in MODELS:
         found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
         raise ModelError(f"{source}: architecture {found} is not supported; supported: {sorted(MODELS)}")
     return str(named[0])
@@ -208,9 +210,18 @@ def _sliding_window(config: Mapping[str, Any], architecture: str, source: Path) 
     return window
 
 
-def _token_ids(*values: int | list[int] | None) -> tuple[int, ...]:
-    """Join single ids and lists of ids, in order, without repeats."""
-    found: dict[int, None] = {}
-    for value in values:
-        found |= dict.fromkeys([value] if isinstance(value, int) else value or [])
-    return tuple(found)
+def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any], source: Path) -> tuple[int, ...]:
+    """Those of `config.json` and of the `generation_config.json` beside it, in order, without repeats."""
+    ids = [
+        *_token_ids(config, source),
+        *_token_ids(generation, source.with_name("generation_config.json")),
+    ]
+    return tuple(dict.fromkeys(ids))
+
+
+def _token_ids(values: Mapping[str, Any], source: Path) -> list[int]:
+    value = values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise ModelError(f"{source}: eos_token_id must be a token's number or a list of them, not {value!r}")
+    return ids
