@@ -12,7 +12,7 @@ import msgspec
 from kvrelay.errors import InvalidConfig
 from kvrelay.field_checks import check_at_least, check_choice, check_chunk, check_seconds
 from kvrelay.sparse import SparseAttention, check_hand_off, check_whole_groups, sparse_settings
-from kvrelay.types import Role, WorkerId
+from kvrelay.types import Role, WorkerId, num_blocks
 from kvrelay.worker_settings import DEVICES, OWN, WorkerSettings, check_workers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,6 +20,7 @@ MODEL_IMPLS = ("auto", "native", "torch")
 CUDA_GRAPHS = ("auto", "off", "uncaptured")
 MODES = ("disaggregated", "colocated")
 Mode = Literal["disaggregated", "colocated"]
+MAX_MEASURED_BUDGET = 65536  # tokens, up to which dense_below_tokens="auto" is measured
 Settings = TypeVar("Settings", bound=msgspec.Struct)
 SECONDS = ("lease_s", "worker_timeout_s", "start_timeout_s", "queue_timeout_s", "slo_ttft_s", "slo_itl_s")
 LEAST = (
@@ -149,8 +150,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         check_chunk("prefill_chunk_tokens", self.prefill_chunk_tokens)
         chunks = [self.prefill_chunk_tokens, *(own.prefill_chunk_tokens for own in self.workers or ())]
-        if self.sparse() is not None:
+        if (sparse := self.sparse()) is not None:
             check_whole_groups(chunks)
+            _check_measurable(sparse)
         check_hand_off(self.kv_handoff, self.sparse(), is_colocated=self.is_colocated)
         _check_tiers(self)
         if self.workers is not None:
@@ -201,14 +203,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return usable[first : first + threads[worker_id]]
 
     def of_worker(self, worker_id: WorkerId) -> "EngineConfig":
-        """The same settings as one worker has them."""
-        listed = dict(self._listed()).get(worker_id)
-        if listed is None:
-            return self
-        own = {name: value for name in OWN if (value := getattr(listed, name)) is not None}
+        """The same settings as one worker has them; threads, and what others have, no longer depend on where.
+
+        The cores that are usable where this is called are shared out, and `workers` tells what each one has.
+        """
+        listed = dict(self._listed())
+        names = OWN if worker_id in listed else ()
+        own = {name: value for name in names if (value := getattr(listed[worker_id], name)) is not None}
         if "num_kv_blocks" in own:
             own["num_kv_tokens"] = None
+        own["threads_per_worker"] = self.worker_threads(worker_id)
+        if self.workers is not None:
+            own["workers"] = tuple(self._resolved(other, listed[other]) for other in listed)
         return msgspec.structs.replace(self, **own)
+
+    def asked_blocks(self) -> int | None:
+        """Blocks of each worker's pool that has no number of its own; None where memory decides."""
+        return num_blocks(self.num_kv_tokens) if self.num_kv_tokens is not None else self.num_kv_blocks
 
     def served_name(self) -> str:
         """What the model is called outside: `served_model_name`, else the end of its name or path."""
@@ -218,6 +229,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """The power model with that of each listed worker in it, in the grammar of `energy.power_model`."""
         own = [f"{w}:{s.power_model}" for w, s in self._listed() if s.power_model is not None]
         return ";".join([*own, *filter(None, [self.power_model])]) or None
+
+    def _resolved(self, worker_id: WorkerId, listed: WorkerSettings) -> WorkerSettings:
+        return msgspec.structs.replace(
+            listed,
+            device=listed.device or self.device,
+            threads=self.worker_threads(worker_id),
+            num_kv_blocks=listed.num_kv_blocks or self.asked_blocks(),
+        )
 
     def _listed(self) -> list[tuple[WorkerId, WorkerSettings]]:
         """The listed workers by id: their own, else their role and how many of it came before."""
@@ -268,6 +287,14 @@ def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:
         what, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+
+
+def _check_measurable(sparse: SparseAttention) -> None:
+    if sparse.dense_below_tokens == "auto" and sparse.budget_tokens > MAX_MEASURED_BUDGET:
+        raise InvalidConfig(
+            f"dense_below_tokens='auto': measured for budget_tokens up to {MAX_MEASURED_BUDGET}; expected a "
+            f"number with budget_tokens={sparse.budget_tokens}"
+        )
 
 
 def _check_tiers(config: EngineConfig) -> None:

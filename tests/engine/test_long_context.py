@@ -1,5 +1,6 @@
 """Sequences beyond the trained length: scaling asked for by name, and pools that say what they lack."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from msgspec.structs import replace
 
 from kvrelay import EngineConfig
 from kvrelay.errors import InvalidConfig
 from kvrelay.models.spec import ModelSpec
 from kvrelay.types import KVLayout, num_blocks
+from kvrelay.worker import loading
 from kvrelay.worker.loading import model_identity, size_pool
 from tiny_engine import greedy, prompts, tiny_llm, write_tiny_model
 
@@ -79,9 +82,7 @@ def test_a_model_with_a_scaling_of_its_own_keeps_it(short_directory: Path, tmp_p
 
 
 def test_a_sliding_window_is_not_outgrown(short_directory: Path) -> None:
-    from dataclasses import replace
-
-    spec = replace(ModelSpec.from_directory(short_directory), sliding_window=200)
+    spec = dataclasses.replace(ModelSpec.from_directory(short_directory), sliding_window=200)
     with pytest.raises(InvalidConfig, match="512 positions; the model's sliding window has 200"):
         spec.scaled("yarn:4")
 
@@ -107,7 +108,7 @@ def test_a_pool_that_does_not_fit_says_the_bytes(short_directory: Path) -> None:
     most = psutil.virtual_memory().total // layout.block_bytes * 2 // 3
     shared = EngineConfig(model="m", num_kv_tokens=64 * most)
     assert size_pool(shared, layout, spec, CPU, 1) == most
-    with pytest.raises(InvalidConfig, match=r"num_kv_tokens=.* bytes in each of 2 workers; there are"):
+    with pytest.raises(InvalidConfig, match=r"num_kv_tokens=.* bytes, \d+ with all 2 workers; there are"):
         size_pool(shared, layout, spec, CPU, 2)
     long = EngineConfig(model="m", max_model_len=131072)
     with pytest.raises(InvalidConfig, match=f"max_model_len=131072 needs {2048 * layout.block_bytes} bytes"):
@@ -119,3 +120,51 @@ def test_a_pool_that_does_not_fit_says_the_bytes(short_directory: Path) -> None:
     assert 1.039 < with_stats / needed < 1.041
     with pytest.raises(InvalidConfig, match="num_kv_tokens=640: expected one of it and num_kv_blocks=3"):
         EngineConfig(model="m", num_kv_tokens=640, num_kv_blocks=3)
+
+
+LAYOUT = KVLayout(model="", dtype="float32", num_layers=200, num_kv_heads=32, head_dim=128)
+
+
+def test_an_asked_pool_that_holds_no_sequence_of_the_asked_length_is_refused(short_directory: Path) -> None:
+    spec = ModelSpec.from_directory(short_directory).scaled("yarn:1024")
+    short = EngineConfig(model="m", max_model_len=641, num_kv_tokens=640)
+    message = f"max_model_len=641 needs {11 * LAYOUT.block_bytes} bytes .* num_kv_tokens=640 takes "
+    with pytest.raises(InvalidConfig, match=f"{message}{10 * LAYOUT.block_bytes}"):
+        size_pool(short, LAYOUT, spec, CPU, 1)
+    assert size_pool(replace(short, max_model_len=640), LAYOUT, spec, CPU, 1) == 10
+    assert size_pool(replace(short, max_model_len=None), LAYOUT, spec, CPU, 1) == 10
+
+
+def test_listed_workers_pools_are_added_up(short_directory: Path) -> None:
+    spec = ModelSpec.from_directory(short_directory)
+    most = psutil.virtual_memory().total // LAYOUT.block_bytes
+    for prefill, decode, is_refused in ((most // 2, None, True), (most // 4, 64 * (most // 4), False)):
+        workers = [{"role": "prefill", "num_kv_blocks": prefill}, {"role": "decode"}]
+        engine = EngineConfig.of(model="m", workers=workers, num_kv_tokens=decode or 64 * (most * 2 // 3))
+        for worker_id, _ in engine.roles():
+            own = engine.of_worker(worker_id)
+            if not is_refused:
+                assert size_pool(own, LAYOUT, spec, CPU, 2) == most // 4
+                continue
+            with pytest.raises(InvalidConfig, match=r"num_kv_.* bytes, \d+ with all 2 workers; there are"):
+                size_pool(own, LAYOUT, spec, CPU, 2)
+
+
+def test_an_asked_pool_must_fit_on_its_board(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec.from_directory(short_directory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * LAYOUT.block_bytes, 2**50))
+    board = torch.device("cuda")
+    assert size_pool(EngineConfig(model="m", num_kv_blocks=3), LAYOUT, spec, board, 1) == 3
+    with pytest.raises(InvalidConfig, match=f"num_kv_blocks=4 needs {4 * LAYOUT.block_bytes} bytes on cuda"):
+        size_pool(EngineConfig(model="m", num_kv_blocks=4), LAYOUT, spec, board, 1)
+
+
+def test_a_device_that_runs_out_of_memory_at_the_start_is_reported(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loading, "load_model", full)
+    with pytest.raises(InvalidConfig, match=r"colocated-0 does not fit on its device: .* 2\.00 GiB"):
+        tiny_llm(short_directory, mode="colocated")

@@ -1,8 +1,12 @@
 """Sparse rows of a batch: cut anywhere, in chunks, alone or again, they read the same keys."""
 
+import errno
+import fcntl
+import json
 import math
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,12 @@ import msgspec
 import pytest
 import torch
 
-from kvrelay.attention import PagedAttention, Span, call
+from kvrelay.attention import PagedAttention, Span, call, crossover
 from kvrelay.attention.call import selection_config
 from kvrelay.attention.crossover import FILE, NEVER, Place, measured
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
+from kvrelay.config import EngineConfig
 from kvrelay.errors import InvalidConfig
 from kvrelay.sparse import AttentionUse, SparseAttention
 from kvrelay.types import BLOCK_SIZE, KVLayout, num_blocks
@@ -292,10 +297,50 @@ def test_the_crossover_is_measured_once_for_all_workers(tmp_path: Path) -> None:
 def test_a_crossover_that_cannot_be_measured_or_kept_is_refused(tmp_path: Path) -> None:
     place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
     with pytest.raises(InvalidConfig, match=r"dense_below_tokens='auto': .*budget_tokens=65600"):
-        measured(SparseAttention(budget_tokens=65600), place, tmp_path)
+        EngineConfig(model="m", attention=SparseAttention(budget_tokens=65600))
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidConfig, match=r"dense_below_tokens='auto': .* cannot be written"):
         measured(SparseAttention(), place, tmp_path / "file")
+
+
+def fails_with(code: int) -> Callable[..., None]:
+    def fail(*_: object, **named: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_crossover_that_is_known_needs_no_writing_and_one_that_is_not_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    auto = SparseAttention(budget_tokens=704)
+    monkeypatch.setattr(crossover, "_measure", lambda *_: 4096)
+    for owner, name, code in ((fcntl, "flock", errno.ENOLCK), (json, "dump", errno.ENOSPC)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails_with(code))
+            with pytest.raises(InvalidConfig, match=rf"{FILE} cannot be written \({os.strerror(code)}\)"):
+                measured(auto, place, tmp_path)
+    found = measured(auto, place, tmp_path)
+    for owner, name in ((Path, "mkdir"), (fcntl, "flock"), (json, "dump")):
+        monkeypatch.setattr(owner, name, fails_with(errno.EROFS))
+    assert measured(auto, place, tmp_path) == found == msgspec.structs.replace(auto, dense_below_tokens=4096)
+
+
+def test_boards_of_different_kinds_share_one_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them a worker runs on, and whoever measures first."""
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    boards, current = ["H200", "L4"], 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(boards))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda index=None: boards[current if index is None else index]
+    )
+    first = crossover._key(SparseAttention(), place)
+    current = 1
+    assert crossover._key(SparseAttention(), place) == first
+    boards[1] = "T4"
+    assert crossover._key(SparseAttention(), place) != first
 
 
 def test_softmax_scale_is_the_models() -> None:

@@ -244,6 +244,10 @@ def test_the_workers_of_an_engine_measure_alike_however_they_differ() -> None:
     assert place("prefill-0", workers=listed) == place("decode-0", workers=listed)
     assert place("prefill-0", threads_per_worker=1) == place("decode-0", threads_per_worker=1)
     assert place("prefill-0", threads_per_worker=1) != place("decode-0", threads_per_worker=2)
+    plain = [{"role": "prefill"}, {"role": "decode"}]
+    for settings in ({"threads_per_worker": 2}, {"device": "cpu"}):
+        assert place("prefill-0", workers=plain, **settings) == place("decode-0", **settings)
+        assert place("prefill-0", workers=plain, **settings) != place("prefill-0", workers=plain)
 
 
 def test_requests_that_read_everything_are_handed_off_in_full(tiny_directory: Path) -> None:

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import msgspec
 import torch
@@ -27,7 +26,6 @@ from kvrelay_kernels.cpu import cpu_backend
 
 FILE = "crossover.json"
 MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
-MAX_BUDGET = 2 * MAX_TOKENS  # measured at twice the budget where none of those lengths leaves keys out
 NEVER = 2**31 - 1
 
 
@@ -52,15 +50,10 @@ def measured(
 
     What is timed is one group of prompt rows at the end of a longer and longer sequence: all of it dense,
     against selecting and reading the budget. Takes seconds, once per machine, model shape and settings.
-    Raises `InvalidConfig` for a budget too large to be measured, and where the file cannot be written.
+    Raises `InvalidConfig` where the file has no answer and cannot be written.
     """
     if sparse is None or sparse.dense_below_tokens != "auto":
         return sparse
-    if sparse.budget_tokens > MAX_BUDGET:
-        raise InvalidConfig(
-            f"dense_below_tokens='auto': measured for budget_tokens up to {MAX_BUDGET}; expected a number "
-            f"with budget_tokens={sparse.budget_tokens}"
-        )
     path = (cache_home() if home is None else home) / FILE
     always = msgspec.structs.replace(sparse, dense_below_tokens=0)
     tokens = _remembered(path, _key(always, place), lambda: _measure(always, place))
@@ -92,9 +85,9 @@ def _measure(sparse: SparseAttention, place: Place) -> int:
 def _key(sparse: SparseAttention, place: Place) -> str:
     """Everything the answer depends on; the same in all workers of an engine."""
     layout = place.layout
-    board = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    boards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     parts = {
-        "host": [platform.node(), board, cpu_backend(), torch.__version__],
+        "host": [platform.node(), *(boards or [platform.processor()]), cpu_backend(), torch.__version__],
         "workers": list(place.workers),
         "shape": [place.num_q_heads, layout.num_kv_heads, layout.head_dim, layout.dtype],
         "settings": msgspec.to_builtins(sparse),
@@ -104,28 +97,27 @@ def _key(sparse: SparseAttention, place: Place) -> str:
 
 def _remembered(path: Path, key: str, measure: Callable[[], int]) -> int:
     """The file's answer, or a new one written to it; whoever comes second waits for the first."""
+    known = _read(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+")
+        if key not in known:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                known = _read(path)
+                if key not in known:
+                    known[key] = measure()
+                    file.truncate(0)
+                    json.dump(known, file, indent=1)
     except OSError as error:
         raise InvalidConfig(
             f"dense_below_tokens='auto': {path} cannot be written ({error.strerror}); expected a number"
         ) from error
-    with opened as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        known = _read(file)
-        if key not in known:
-            known[key] = measure()
-            file.seek(0)
-            file.truncate()
-            json.dump(known, file, indent=1)
-        return known[key]
+    return known[key]
 
 
-def _read(file: IO[str]) -> dict[str, int]:
+def _read(path: Path) -> dict[str, int]:
     """What is known so far; a file that is not ours to read is measured anew."""
-    file.seek(0)
     try:
-        return msgspec.json.decode(file.read() or "{}", type=dict[str, int])
-    except msgspec.DecodeError:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+    except (OSError, msgspec.DecodeError):
         return {}

@@ -97,9 +97,8 @@ def load_parts(
 
 def place_of(config: WorkerConfig, layout: KVLayout, spec: ModelSpec, device: torch.device) -> Place:
     """Where this worker measures, for all of its engine: what differs between them is not among it."""
-    listed = config.engine.workers
-    alike = (config.engine.device, config.num_threads)
-    workers = [alike] if listed is None else [(own.role, own.device, own.threads) for own in listed]
+    listed = [(own.device, own.threads) for own in config.engine.workers or ()]
+    workers = sorted(set(listed or [(config.engine.device, config.num_threads)]))
     return Place(layout=layout, num_q_heads=spec.num_q_heads, device=device, workers=workers)
 
 
@@ -159,43 +158,62 @@ def choose_dtype(asked: str, checkpoint: str, device: torch.device) -> str:
 def size_pool(
     engine: EngineConfig, layout: KVLayout, spec: ModelSpec, device: torch.device, num_workers: int
 ) -> int:
-    """Blocks of the pool: as asked, else what the memory share holds.
+    """Blocks of the pool of a worker with these settings: as asked, else what the memory share holds.
 
-    Raises `InvalidConfig`, with the bytes needed, when that is none or cannot hold one sequence of the
-    `max_model_len` that was asked for.
+    Raises `InvalidConfig`, with the bytes needed, when that is none, does not fit, or cannot hold one
+    sequence of the `max_model_len` that was asked for.
     """
     block_bytes = memory_bytes(layout, 1, keeps_stats=engine.sparse() is not None)
-    asked, field = _asked_blocks(engine)
-    if asked is not None:
-        needed, there_is = asked * block_bytes, psutil.virtual_memory().total
-        num_alike = num_workers if engine.workers is None else 1
-        if needed * num_alike > there_is:
-            each = f" in each of {num_alike} workers" if num_alike > 1 else ""
-            raise InvalidConfig(f"{field} needs {needed} bytes{each}; there are {there_is}")
-        return asked
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
-    available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers
-    wanted = SEQUENCES_BY_DEFAULT * num_blocks(length)
-    if device.type == "cuda":
-        available = min(available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
-        wanted = int(available) // block_bytes
-    count = min(wanted, int(available) // block_bytes)
+    asked = engine.asked_blocks()
+    if asked is None:
+        available = _available_bytes(device, num_workers)
+        count = available // block_bytes
+        if device.type == "cpu":
+            count = min(count, SEQUENCES_BY_DEFAULT * num_blocks(length))
+        there_is = f"{available} may be used (num_kv_tokens takes more than that share)"
+    else:
+        count, there_is = asked, f"{_asked(engine)} takes {asked * block_bytes}"
+        _check_fits(engine, block_bytes, device, num_workers)
     if count < 1:
-        raise InvalidConfig(
-            f"num_kv_blocks: {int(available)} bytes may be used for KV, one block needs {block_bytes}"
-        )
+        raise InvalidConfig(f"num_kv_blocks: one block needs {block_bytes} bytes; {there_is}")
     if engine.max_model_len is not None and count < num_blocks(length):
+        needed = num_blocks(length) * block_bytes
         raise InvalidConfig(
-            f"max_model_len={engine.max_model_len} needs {num_blocks(length) * block_bytes} bytes of KV for "
-            f"one sequence; {int(available)} may be used (num_kv_tokens takes more than that share)"
+            f"max_model_len={engine.max_model_len} needs {needed} bytes of KV for one sequence; {there_is}"
         )
     return count
 
 
-def _asked_blocks(engine: EngineConfig) -> tuple[int | None, str]:
+def _available_bytes(device: torch.device, num_workers: int) -> int:
+    """What a worker may take where nobody said how much."""
+    available = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_workers
+    if device.type == "cuda":
+        available = min(available, torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE)
+    return int(available)
+
+
+def _check_fits(engine: EngineConfig, block_bytes: int, device: torch.device, num_workers: int) -> None:
+    """Every worker's pool lies in host memory, where peers write; that of a board lies there once more."""
+    asked = engine.asked_blocks() or 0
+    listed = [own.num_kv_blocks or 0 for own in engine.workers or ()]
+    total = sum(listed or [asked] * num_workers) * block_bytes
+    if total > (there_is := psutil.virtual_memory().total):
+        raise InvalidConfig(
+            f"{_asked(engine)} needs {asked * block_bytes} bytes, {total} with all {num_workers} workers; "
+            f"there are {there_is}"
+        )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total
+    if asked * block_bytes > free:
+        raise InvalidConfig(
+            f"{_asked(engine)} needs {asked * block_bytes} bytes on {device}; {free} are free"
+        )
+
+
+def _asked(engine: EngineConfig) -> str:
     if engine.num_kv_tokens is not None:
-        return num_blocks(engine.num_kv_tokens), f"num_kv_tokens={engine.num_kv_tokens}"
-    return engine.num_kv_blocks, f"num_kv_blocks={engine.num_kv_blocks}"
+        return f"num_kv_tokens={engine.num_kv_tokens}"
+    return f"num_kv_blocks={engine.num_kv_blocks}"
 
 
 def model_identity(directory: Path, rope_scaling: str | None = None) -> str:
