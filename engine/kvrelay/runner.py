@@ -12,13 +12,13 @@ from kvrelay.cache.arrivals import Lacking, Tiles
 from kvrelay.cache.store import KVStore
 from kvrelay.decode_steps import DecodeSteps, Tokens
 from kvrelay.models.decoder import Decoder
-from kvrelay.models.native import NativeDecoder, pages_of
+from kvrelay.models.native import NativeDecoder
+from kvrelay.native_steps import NativeSteps
 from kvrelay.sampler import Row, Sampled, is_plain, sample, score
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.scheduler.prefill import Chunk
 from kvrelay.sparse import AttentionUse, SparseAttention, settings_of
 from kvrelay.types import RequestSpec, TokenLogprobs
-from kvrelay_kernels.cpu.native.transformer import Pages
 
 SCORED_ROWS = 64
 
@@ -41,7 +41,7 @@ class Runner:
     ) -> None:
         self.decoder, self.store, self.eos_token_ids = decoder, store, eos_token_ids
         self.sparse, self.steps = sparse, steps
-        self._pages = pages_of(store.pages) if isinstance(decoder, NativeDecoder) else None
+        self._native = NativeSteps(decoder, store, sparse) if isinstance(decoder, NativeDecoder) else None
         self.attention: list[AttentionUse] = []
         self.watched: list[Tiles] = []
 
@@ -145,9 +145,11 @@ class Runner:
         if self.steps is not None:
             self.attention = []
             return self.steps.logits(batch)
+        stepped = None if self._native is None else self._native.run(batch)
+        if stepped is not None:
+            self.attention, self.watched = stepped[1] if self.sparse is not None else [], []
+            return stepped[0]
         tokens = [sequence.token_ids[-1] for sequence in batch]
-        if self._pages is not None and all(map(self._reads_everything, batch)):
-            return self._step(tokens, batch, self._pages)
         spans = [
             Span(
                 start=sequence.num_cached,
@@ -160,30 +162,6 @@ class Runner:
             for sequence in batch
         ]
         return self.decoder.logits(self._forward(tokens, spans, None))
-
-    def _reads_everything(self, sequence: DecodeSequence) -> bool:
-        """Whether the newest token's attention is dense, over KV that is all there."""
-        sparse = self.sparse_of(sequence.request)
-        first_sparse = None if sparse is None else sparse.first_sparse_position(is_generated=True)
-        is_dense = first_sparse is None or sequence.num_cached < first_sparse
-        return is_dense and sequence.arrivals is None
-
-    def _step(self, tokens: list[int], batch: Sequence[DecodeSequence], pages: Pages) -> torch.Tensor:
-        """`logits` of a batch that reads everything, in one call."""
-        assert isinstance(self.decoder, NativeDecoder)
-        lengths = [len(sequence.token_ids) for sequence in batch]
-        tables = [sequence.block_ids for sequence in batch]
-        logits = self.decoder.step(tokens, lengths, tables, pages)
-        layout = self.store.layout
-        full = [(table, n, 1) for table, n in zip(tables, lengths, strict=True) if n % layout.block_size == 0]
-        for layer in range(layout.num_layers if full and self.store.keeps_stats else 0):
-            self.store.update_stats(layer, full)
-        rows = layout.num_layers * layout.num_kv_heads
-        self.attention = (
-            [] if self.sparse is None else [AttentionUse(rows, rows * n, rows * n) for n in lengths]
-        )
-        self.watched = []
-        return logits
 
     def _forward(
         self,

@@ -80,7 +80,16 @@ struct Model {
   float eps, rotary_factor;
 };
 
-// One token of each of `batch` sequences. seq_lens count the new token; pages are those of every layer.
+// By what the queries of a step select. Heads of a KV group share a list, or each has its own.
+struct Selecting {
+  const TreeConfig *config;
+  const uint8_t *dense_layers;  // [num_layers], not 0: reads everything
+  int64_t *counts;              // [batch], blocks in the lists of all layers
+  int32_t lists_per_group;      // 1, or the heads of a group
+};
+
+// One token of each of `batch` sequences. seq_lens count the new token; pages and statistics are those of every
+// layer. `stats` null: none are kept; `selecting` null: everything is read.
 struct Step {
   const int32_t *token_ids, *seq_lens, *block_table;
   const void *const *k_pages, *const *v_pages;
@@ -88,6 +97,8 @@ struct Step {
   int64_t batch, table_stride, max_blocks, num_blocks;
   int32_t kv_dtype;
   float *logits;  // [batch, vocab]
+  const Stats *stats;
+  const Selecting *selecting;
 };
 
 extern "C" {

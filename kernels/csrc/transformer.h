@@ -5,8 +5,10 @@
 #include <cmath>
 #include <vector>
 
+#include "block_stats.h"
 #include "decode.h"
 #include "linear.h"
+#include "selecting.h"
 
 namespace {
 
@@ -137,7 +139,8 @@ inline PagedKV pages_of(const Model &m, const Step &step, int layer) {
 // The one place where a decode step attends: qkv [batch, q then k then v] -> attended [batch, q]. Queries
 // and results take the dtype of the pages, as in prefill.
 template <class T>
-void attend(const Model &m, const PagedKV &kv, const float *qkv, float *attended) {
+void attend(const Model &m, const Step &step, int layer, SelectedBatch &selected, const float *qkv, float *attended) {
+  const PagedKV kv = pages_of(m, step, layer);
   const int64_t q_width = int64_t(m.num_q_heads) * m.head_dim, kv_width = int64_t(m.num_kv_heads) * m.head_dim;
   const int64_t width = qkv_width(m);
   std::vector<T> q(kv.batch * q_width), out(kv.batch * q_width);
@@ -147,9 +150,13 @@ void attend(const Model &m, const PagedKV &kv, const float *qkv, float *attended
     store_kv<T>(m, kv, b, row + q_width, row + q_width + kv_width);
     for (int64_t c = 0; c < q_width; c += 8) store8(&q[b * q_width + c], load8(row + c));
   }
-  Queries queries{q.data(), {q_width, m.head_dim}, nullptr, kv.batch, m.num_q_heads, 0};
-  queries.scale = 1.0f / std::sqrt(float(m.head_dim));
-  decode<T>(kv, queries, Lists{}, Outputs{out.data(), lse.data()});
+  for (int64_t b = 0; b < kv.batch && step.stats; ++b) update_sequence<T>(kv, step.stats[layer], b, 1);
+  const float scale = 1.0f / std::sqrt(float(m.head_dim));
+  const Queries queries{q.data(), {q_width, m.head_dim}, nullptr, kv.batch, m.num_q_heads, scale};
+  if (selected.selects(layer))
+    selected.attend<T>(kv, layer, q.data(), scale, out.data());
+  else
+    decode<T>(kv, queries, Lists{}, Outputs{out.data(), lse.data()});
   for (int64_t c = 0; c < kv.batch * q_width; c += 8) store8(attended + c, load8(&out[c]));
 }
 
@@ -167,13 +174,14 @@ void decode_step(const Model &m, const Step &step) {
   const int64_t rows = step.batch;
   std::vector<float> hidden(rows * m.hidden), qkv(rows * qkv_width(m)), rotary(rows * m.head_dim);
   std::vector<float> attended(rows * m.num_q_heads * m.head_dim);
+  SelectedBatch selected(m, step);
   for (int64_t r = 0; r < rows; ++r) {
     unpack(m.embedding, step.token_ids[r], &hidden[r * m.hidden]);
     rotary_row(m, step.seq_lens[r] - 1, &rotary[r * m.head_dim]);
   }
   for (int layer = 0; layer < m.num_layers; ++layer) {
     before_attention(m, m.layers[layer], hidden.data(), rotary.data(), rows, qkv.data());
-    attend<T>(m, pages_of(m, step, layer), qkv.data(), attended.data());
+    attend<T>(m, step, layer, selected, qkv.data(), attended.data());
     after_attention(m, m.layers[layer], attended.data(), rows, hidden.data());
   }
   norm_rows(m, hidden.data(), m.norm, rows, hidden.data());

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (  # lowest first; a module may import its
     ("cache.memory",),
     ("cache.store", "transport", "attention", "sampler"),
     ("scheduler",),
-    ("decode_steps",),
+    ("decode_steps", "native_steps"),
     ("runner",),
     ("worker", "router"),
     ("outputs", "launch", "request_checks"),

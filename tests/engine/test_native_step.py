@@ -1,23 +1,27 @@
 """A decode step in one C++ call: equal to torch's, the same in any batch, and careful with pages."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
 from kvrelay.attention import PagedAttention, Span
+from kvrelay.cache.arrivals import Arrivals
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.errors import InvalidConfig
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
-from kvrelay.models.native import NativeDecoder, pages_of
+from kvrelay.models.native import NativeDecoder
+from kvrelay.native_steps import NativeSteps, pages_of
 from kvrelay.runner import Runner
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import DecodeSequence
-from kvrelay.sparse import AttentionUse, SparseAttention
-from kvrelay.types import KVLayout, RequestId, RequestSpec
+from kvrelay.sparse import SparseAttention
+from kvrelay.types import KVLayout, RequestId, RequestSpec, TicketId
 from kvrelay_kernels import InvalidArgument
 from kvrelay_kernels.cpu.native import library
 from tiny_engine import prompts, tiny_llm, write_tiny_model
@@ -101,7 +105,7 @@ def test_step_equals_the_torch_decoder_and_stores_the_same_kv(tiny_directory: Pa
     tokens = prefill(native, stores[0], blocks)
     assert tokens == prefill(plain, stores[1], blocks)
     before = stores[0].pages.clone()
-    logits = native.step(tokens, CONTEXTS, blocks, pages_of(stores[0].pages))
+    logits, _ = native.step(tokens, CONTEXTS, blocks, pages_of(stores[0]))
     expected = torch_step(plain, stores[1], tokens, blocks)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
@@ -118,14 +122,14 @@ def test_a_sequence_decodes_the_same_to_the_bit_in_any_batch(tiny_directory: Pat
     native, blocks = native_decoder(tiny_directory, getattr(torch, dtype)), scattered_blocks()
     store = store_of(native, dtype)
     tokens = prefill(native, store, blocks)
-    pages = pages_of(store.pages)
-    together = native.step(tokens, CONTEXTS, blocks, pages)
+    pages = pages_of(store)
+    together, _ = native.step(tokens, CONTEXTS, blocks, pages)
     kept = store.pages.clone()
     assert together.isfinite().all()
     for i, length in enumerate(CONTEXTS):
-        assert torch.equal(native.step([tokens[i]], [length], [blocks[i]], pages)[0], together[i]), length
+        assert torch.equal(native.step([tokens[i]], [length], [blocks[i]], pages)[0][0], together[i]), length
     order = [4, 2, 6]
-    some = native.step(*([x[i] for i in order] for x in (tokens, CONTEXTS, blocks)), pages)
+    some, _ = native.step(*([x[i] for i in order] for x in (tokens, CONTEXTS, blocks)), pages)
     assert torch.equal(some, together[order])
     assert torch.equal(store.pages.nan_to_num(), kept.nan_to_num())
 
@@ -162,43 +166,76 @@ def test_bfloat16_weights_in_float32_are_exactly_the_widened_ones(tmp_path: Path
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 
 
+SELECTING = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "reads everything": {"dense_below_tokens": 256},
+    "lists for each head": {},
+    "a dense layer": {"dense_layers": (1,)},
+    "shared lists": {"exact": False, "top_p": 1.0},
+}
+
+
 @built
-def test_a_sparse_engine_steps_as_a_dense_one_while_it_reads_everything(
-    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_steps_of_a_sparse_engine_are_one_call_and_the_same_to_the_bit_layer_by_layer(
+    tiny_directory: Path, dtype: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one call, with the statistics of the pages that it fills; layer by layer once one row selects."""
+    """Logits, pages, the statistics of pages that became full, and what was read."""
+    native, blocks = native_decoder(tiny_directory, getattr(torch, dtype)), scattered_blocks()
+    sparse = msgspec.structs.replace(SELECTING, **SETTINGS[settings])
+    found = []
+    for is_one_call in (True, False):
+        store = store_of(native, dtype, keeps_stats=True)
+        prefill(native, store, blocks)
+        runner = Runner(native, store, frozenset(), sparse)
+        batch = [
+            DecodeSequence(request(text), list(ids), list(text))
+            for text, ids in zip(prompts(*CONTEXTS), blocks, strict=True)
+        ]
+        with monkeypatch.context() as patch, torch.inference_mode():
+            if is_one_call:
+                patch.setattr(native.transformer, "before_attention", None)
+            else:
+                patch.setattr(NativeSteps, "run", lambda *arguments: None)
+            found.append((runner.logits(batch), runner.attention, store.memory.tensors))
+    (logits, read, ours), (expected, read_by_layer, theirs) = found
+    assert torch.equal(logits, expected)
+    assert read == read_by_layer
+    assert (read[5].share_of_pairs < 1) is (settings != "reads everything")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+    full = blocks[CONTEXTS.index(64)][0]
+    assert ours[1][:, :3, full].isfinite().all(), "statistics of the page that became full"
+
+
+@built
+def test_rows_that_attend_in_different_ways_go_layer_by_layer(tiny_directory: Path) -> None:
     native, blocks = native_decoder(tiny_directory), scattered_blocks()
-    stores = [store_of(native, keeps_stats=True) for _ in range(2)]
-    tokens, _ = (prefill(native, store, blocks) for store in stores)
-    steps = list[int]()
-    native_step = NativeDecoder.step
-    monkeypatch.setattr(NativeDecoder, "step", lambda *arguments: steps.append(1) or native_step(*arguments))
-    runner = Runner(native, stores[0], frozenset(), SparseAttention(dense_below_tokens=256))
+    store = store_of(native, keeps_stats=True)
+    prefill(native, store, blocks)
+    steps = NativeSteps(native, store, SELECTING)
     batch = [
         DecodeSequence(request(text), ids, text) for text, ids in zip(prompts(*CONTEXTS), blocks, strict=True)
     ]
-    with torch.inference_mode():
-        logits = runner.logits(batch)
-    assert steps == [1]
-    assert torch.equal(logits, torch_step(native, stores[1], tokens, blocks))
-    for ours, theirs in zip(stores[0].memory.tensors, stores[1].memory.tensors, strict=True):
-        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
-    full = blocks[CONTEXTS.index(64)][0]
-    assert stores[0].memory.vectors[:, :3, full].isfinite().all()
-    rows = native.spec.num_layers * native.spec.num_kv_heads
-    assert runner.attention == [AttentionUse(rows, rows * n, rows * n) for n in CONTEXTS]
-    batch[-1].request = msgspec.structs.replace(
-        batch[-1].request, params=SamplingParams(attention=SparseAttention(dense_below_tokens=0))
-    )
-    with torch.inference_mode():
-        runner.logits(batch)
-    assert steps == [1]
+
+    def last_with(attention: str | SparseAttention) -> list[DecodeSequence]:
+        other = msgspec.structs.replace(batch[-1].request, params=SamplingParams(attention=attention))
+        return [*batch[:-1], replace(batch[-1], request=other)]
+
+    quest = msgspec.structs.replace(SELECTING, selector="quest")
+    on_its_way = replace(batch[-1], arrivals=Arrivals(TicketId("t"), native.spec.num_layers, [0]))
+    assert steps.run(batch) is not None
+    assert steps.run(last_with("dense")) is None
+    assert steps.run(last_with(quest)) is None
+    assert steps.run([*batch[:-1], on_its_way]) is None
+    assert NativeSteps(native, store, quest).run(batch) is None
 
 
 @built
 def test_step_refuses_what_would_reach_outside(tiny_directory: Path) -> None:
     native = native_decoder(tiny_directory)
-    pages = pages_of(store_of(native).pages)
+    pages = pages_of(store_of(native))
     with pytest.raises(InvalidArgument, match="token_ids"):
         native.step([258], [1], [[0]], pages)
     with pytest.raises(InvalidArgument, match="block_table"):

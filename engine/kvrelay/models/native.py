@@ -17,7 +17,7 @@ from kvrelay.models.spec import MODELS, Family, ModelSpec
 from kvrelay.models.weights import Weights
 from kvrelay_kernels.cpu.native.library import instruction_set, why_not
 from kvrelay_kernels.cpu.native.linear import PackedLinear, interleave, pack_linear
-from kvrelay_kernels.cpu.native.transformer import PackedLayer, PackedModel, Pages, Transformer
+from kvrelay_kernels.cpu.native.transformer import PackedLayer, PackedModel, Pages, Selecting, Transformer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +62,17 @@ class NativeDecoder:
         seq_lens: Sequence[int],
         block_ids: Sequence[Sequence[int]],
         pages: Pages,
-    ) -> torch.Tensor:
+        selecting: Selecting | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One new token for each sequence: its K and V into the pages, float32 logits [B, vocab] out.
 
-        `seq_lens` count the new token; `block_ids` are each sequence's pages.
+        `seq_lens` count the new token; `block_ids` are each sequence's pages. Also how many blocks were in
+        each sequence's lists, of all layers and heads, int64 [B].
         """
         width = max(map(len, block_ids))
         table = [[*blocks, *(0 for _ in range(width - len(blocks)))] for blocks in block_ids]
         tokens, lengths, blocks = (torch.tensor(x, dtype=torch.int32) for x in (token_ids, seq_lens, table))
-        return self.transformer.step(tokens, lengths, blocks, pages)
-
-
-def pages_of(pages: torch.Tensor) -> Pages:
-    """The pages tensor of a `KVStore` as a step takes it."""
-    return Pages([(layer[0], layer[1]) for layer in pages])
+        return self.transformer.step(tokens, lengths, blocks, pages, selecting)
 
 
 def why_not_native(spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> str | None:

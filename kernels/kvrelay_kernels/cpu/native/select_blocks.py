@@ -29,14 +29,15 @@ def select_blocks(
     if stats is None:
         raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
     selection = empty_selection(q, kv, config, cu_seqlens_q)
-    rows, settings = queries(q, cu_seqlens_q, scale), _settings(config)
+    rows, settings = queries(q, cu_seqlens_q, scale), tree_settings(config)
     parts = (paged(kv), rows, statistics(stats), settings, lists(selection))
     status = library().kvr_select_tree(*(part.pointer for part in parts))
     raise_for(status, kv, q, cu_seqlens_q)
     return selection
 
 
-def _settings(config: SelectionConfig) -> Argument:
+def tree_settings(config: SelectionConfig) -> Argument:
+    """``TreeConfig``."""
     struct = TreeConfigStruct(
         budget=config.budget,
         sink_blocks=config.sink_blocks,

@@ -5,16 +5,26 @@ on its batch. Knows nothing of checkpoints.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from kvrelay_kernels.cpu.native.library import DTYPES, library
+from kvrelay_kernels.cpu.native.arguments import statistics
+from kvrelay_kernels.cpu.native.library import DTYPES, StatsStruct, library
 from kvrelay_kernels.cpu.native.linear import PackedLinear, float_rows
-from kvrelay_kernels.cpu.native.transformer_structs import LayerStruct, ModelStruct, StepStruct
+from kvrelay_kernels.cpu.native.select_blocks import tree_settings
+from kvrelay_kernels.cpu.native.transformer_structs import (
+    LayerStruct,
+    ModelStruct,
+    SelectingStruct,
+    StepStruct,
+)
 from kvrelay_kernels.errors import InvalidArgument
+from kvrelay_kernels.selection import SelectionConfig
+from kvrelay_kernels.stats import KVBlockStats
 
 _STATUS = {
     1: ("seq_lens", "1 or more tokens each, and blocks for them"),
@@ -64,9 +74,12 @@ class PackedModel:
 
 
 class Pages:
-    """The paged K and V of every layer, each ``[num_blocks, num_kv_heads, 64, head_dim]``, strides alike."""
+    """The paged K and V of every layer, each ``[num_blocks, num_kv_heads, 64, head_dim]``, strides alike.
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    ``stats`` of every layer, if they are kept, are updated as pages become full.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], stats: Sequence[KVBlockStats] = ()) -> None:
         k, v = layers[0]
         if k.dtype not in DTYPES or k.stride(-1) != 1 or v.stride(-1) != 1 or k.shape[2] != 64:
             got = (k.dtype, tuple(k.shape), k.stride())
@@ -75,6 +88,22 @@ class Pages:
         pointers = ctypes.c_void_p * len(layers)
         self.k = pointers(*(k.data_ptr() for k, _ in layers))
         self.v = pointers(*(v.data_ptr() for _, v in layers))
+        self._stats = [statistics(layer) for layer in stats]
+        structs = cast(list[StatsStruct], [layer.struct for layer in self._stats])
+        self.stats = (StatsStruct * len(structs))(*structs) if structs else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selecting:
+    """What decides which blocks the queries of a step read, by the selector ``tree``.
+
+    lists_per_group: 1, or as many as a KV group has query heads, which then have lists of their own.
+    dense_layers: layers that read everything.
+    """
+
+    config: SelectionConfig
+    lists_per_group: int
+    dense_layers: Collection[int]
 
 
 class Transformer:
@@ -143,14 +172,28 @@ class Transformer:
         """``hidden [rows, hidden]`` after the last norm -> float32 ``[rows, vocab]``."""
         return self._model.head(hidden)
 
-    def step(self, token_ids: Tensor, seq_lens: Tensor, block_table: Tensor, pages: Pages) -> Tensor:
+    def step(
+        self,
+        token_ids: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        pages: Pages,
+        selecting: Selecting | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """A decode step: float32 logits ``[batch, vocab]`` of one new token for each sequence.
 
         ``token_ids [batch]``, ``seq_lens [batch]`` (the new token included) and ``block_table [batch,
-        max_blocks]`` are contiguous int32. Its K and V are stored in the pages. Raises ``InvalidArgument``.
+        max_blocks]`` are contiguous int32. Its K and V are stored in the pages. Where the queries select, the
+        pages have statistics. Also int64 ``[batch]``: how many blocks were in the lists of all layers and
+        heads. Raises ``InvalidArgument``.
         """
         k, v = pages.first
         logits = torch.empty(len(token_ids), self.vocab_size)
+        counts = torch.zeros(len(token_ids), dtype=torch.int64)
+        if selecting is not None and (selecting.config.selector != "tree" or pages.stats is None):
+            got = (selecting.config.selector, None if pages.stats is None else "statistics")
+            raise InvalidArgument("selecting", needed="the selector 'tree' and statistics", got=got)
+        chosen, _pointed_into = (None, None) if selecting is None else self._selecting(selecting, counts)
         step = StepStruct(
             token_ids=token_ids.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
@@ -165,9 +208,27 @@ class Transformer:
             num_blocks=k.shape[0],
             kv_dtype=DTYPES[k.dtype],
             logits=logits.data_ptr(),
+            stats=None if pages.stats is None else ctypes.addressof(pages.stats),
+            selecting=None if chosen is None else ctypes.addressof(chosen),
         )
         _check(library().kvr_step(self._pointer, ctypes.addressof(step)))
-        return logits
+        return logits, counts
+
+    def _selecting(self, selecting: Selecting, counts: Tensor) -> tuple[SelectingStruct, Any]:
+        """The struct, and what it points into."""
+        if selecting.lists_per_group not in (1, self.num_q_heads // self.num_kv_heads):
+            needed = f"1 or {self.num_q_heads // self.num_kv_heads}"
+            raise InvalidArgument("lists_per_group", needed=needed, got=selecting.lists_per_group)
+        layers = range(self.num_layers)
+        dense_layers = (ctypes.c_uint8 * self.num_layers)(*(n in selecting.dense_layers for n in layers))
+        config = tree_settings(selecting.config)
+        struct = SelectingStruct(
+            config=config.pointer,
+            dense_layers=ctypes.addressof(dense_layers),
+            counts=counts.data_ptr(),
+            lists_per_group=selecting.lists_per_group,
+        )
+        return struct, (config, dense_layers)
 
     @property
     def _pointer(self) -> int:

@@ -61,6 +61,17 @@ class StepStruct(ctypes.Structure):
         ("num_blocks", c_int64),
         ("kv_dtype", c_int32),
         ("logits", c_void_p),
+        ("stats", c_void_p),
+        ("selecting", c_void_p),
+    )
+
+
+class SelectingStruct(ctypes.Structure):
+    _fields_ = (
+        ("config", c_void_p),
+        ("dense_layers", c_void_p),
+        ("counts", c_void_p),
+        ("lists_per_group", c_int32),
     )
 
 
