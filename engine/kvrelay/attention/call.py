@@ -55,6 +55,11 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
     return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config
 
 
+def lists_per_group(sparse: SparseAttention, num_q_heads: int, num_kv_heads: int) -> int:
+    """Lists of the query heads of a KV group: one each with `exact`, else one for all."""
+    return num_q_heads // num_kv_heads if sparse.exact else 1
+
+
 def heads_apart(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """The query heads of a group as rows of their own: a list is for the heads of a group in one row.
 
@@ -143,9 +148,9 @@ class Call:
         """One list per KV head; with `exact` one per query head, as if each were a sequence of its own."""
         assert self._sparse is not None
         self._num_sparse_layers += 1
-        if not self._sparse.exact:
+        self._lists_per_head = group = lists_per_group(self._sparse, q.shape[1], kv.num_kv_heads)
+        if group == 1:
             return self._attend_lists(q, kv, self._bounds, stats)
-        self._lists_per_head = group = q.shape[1] // kv.num_kv_heads
         firsts = torch.arange(group, device=q.device, dtype=torch.int32)[:, None] * len(q)
         bounds = torch.cat([self._bounds[:1], (firsts + self._bounds[1:]).flatten()])
         out = self._attend_lists(heads_apart(q, kv.num_kv_heads), repeated(kv, group), bounds, stats)
