@@ -27,7 +27,6 @@ LEAST = (
     ("max_queued_requests", 0),
     ("kv_host_bytes", 0),
     ("kv_file_bytes", 0),
-    ("local_prefill_tokens", 0),
     ("price_per_hour", 0),
     ("pue", 1),
     ("carbon_g_per_kwh", 0),
@@ -75,7 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `workers` lists workers that differ, in place of `prefill_workers` and `decode_workers`. Requests that
     no worker can take wait in the router: at most `max_queued_requests` (None: any number), each at most
     `queue_timeout_s`. Prompts of which decode lacks at most `local_prefill_tokens` tokens are computed
-    there (0: never; None: as many as a measurement at the start finds worth it). `slo_ttft_s` and
+    there (0: never; "auto": as many as a measurement at the start finds worth it). `slo_ttft_s` and
     `slo_itl_s` are what requests are held to. `price_per_hour` (any currency), `pue` and
     `carbon_g_per_kwh` turn joules and hours into costs; nothing is shown of those not given.
     `metrics_alias="vllm"` shows metrics that vLLM has under its names too; `served_model_name` (None: the
@@ -119,7 +118,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     workers: tuple[WorkerSettings, ...] | None = None
     max_queued_requests: int | None = None
     queue_timeout_s: float | None = None
-    local_prefill_tokens: int | None = 0
+    local_prefill_tokens: int | Literal["auto"] = 0
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
     price_per_hour: float | None = None
@@ -143,6 +142,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             check_seconds(field, getattr(self, field))
         for field, least in LEAST:
             check_at_least(field, getattr(self, field), least)
+        if self.local_prefill_tokens != "auto":
+            check_at_least("local_prefill_tokens", self.local_prefill_tokens, 0)
         if self.num_kv_tokens is not None and self.num_kv_blocks is not None:
             raise InvalidConfig(
                 f"num_kv_tokens={self.num_kv_tokens}: expected one of it and "

@@ -105,7 +105,7 @@ def test_a_measured_threshold_is_set_before_the_first_request_and_not_counted(
         return max(0.01, hand_off_seconds(*given))  # on a busy machine noise may exceed it
 
     monkeypatch.setattr("kvrelay.engine.hand_off_seconds", at_least_something)
-    with tiny_llm(tiny_directory, local_prefill_tokens=None, power_model="idle_w=1,busy_w=2") as llm:
+    with tiny_llm(tiny_directory, local_prefill_tokens="auto", power_model="idle_w=1,busy_w=2") as llm:
         report = llm.report()
         assert llm.engine._runtime.router.fleet.local_prefill_tokens > 0
         assert report.num_prompt_tokens == 0

@@ -179,6 +179,8 @@ def test_options_go_before_pairs_and_pairs_before_the_file(tmp_path: Path) -> No
     assert (server.port, server.max_headers, server.host) == (7, 2, "127.0.0.1")
     assert engine.workers is not None
     assert [worker.role for worker in engine.workers] == ["prefill", "decode"]
+    for measured in ({"local_prefill_tokens": "auto"}, []), ({}, ["local_prefill_tokens=auto"]):
+        assert combine({"model": "m"} | measured[0], measured[1], {}, {})[0].local_prefill_tokens == "auto"
     assert engine.max_queued_requests == 1024, "a server's queue is bounded unless told otherwise"
     assert combine({"model": "m", "max_queued_requests": 5}, [], {}, {})[0].max_queued_requests == 5
 
@@ -190,6 +192,8 @@ def test_options_go_before_pairs_and_pairs_before_the_file(tmp_path: Path) -> No
         ("decode_workers = 2", "model: missing"),
         ('model = "m"\nserver = 3', "\\[server\\]: expected a table"),
         ('model = "m"\n[server]\nport = "x"', "port='x'"),
+        ('model = "m"\nlocal_prefill_tokens = "some"', "local_prefill_tokens='some'"),
+        ('model = "m"\nlocal_prefill_tokens = -1', "local_prefill_tokens=-1: expected at least 0"),
         ('model = "m"\nno_such = 1', "no_such: there is no such setting"),
         ('model = "m"\n[server]\nport = 70000', "port=70000: expected 0 to 65535"),
     ],

@@ -127,7 +127,7 @@ def _settings(config: EngineConfig) -> RouterSettings:
         queue_timeout_s=config.queue_timeout_s,
         slo_ttft_s=config.slo_ttft_s,
         slo_itl_s=config.slo_itl_s,
-        local_prefill_tokens=config.local_prefill_tokens or 0,
+        local_prefill_tokens=0 if config.local_prefill_tokens == "auto" else config.local_prefill_tokens,
         attention=config.attention,
     )
 
