@@ -15,7 +15,14 @@ from pathlib import Path
 
 from kvrelay.config import EngineConfig, WorkerConfig, cache_home
 from kvrelay.energy import METERS, RequestEnergy, parse_power_model
-from kvrelay.errors import EngineClosed, InvalidConfig, InvalidRequest, KVRelayError, UnknownName
+from kvrelay.errors import (
+    ContextLengthExceeded,
+    EngineClosed,
+    InvalidConfig,
+    InvalidRequest,
+    KVRelayError,
+    UnknownName,
+)
 from kvrelay.launch import open_workers
 from kvrelay.metrics import Report
 from kvrelay.models.hub import resolve
@@ -25,7 +32,7 @@ from kvrelay.outputs import Detokenizer, InFlight, OutputStream, StreamEvent
 from kvrelay.request_checks import check_kinds, check_layers, check_tokens
 from kvrelay.router.local_prefill import hand_off_seconds, worthwhile_tokens
 from kvrelay.router.policies import open_policy
-from kvrelay.router.request import RoutedRequest, Update
+from kvrelay.router.request import Operation, RoutedRequest, Update
 from kvrelay.router.runtime import Runtime
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.sparse import sparse_settings
@@ -42,7 +49,8 @@ class Prepared:
     """A request that has been tokenised and found valid; `max_total_tokens` bounds prompt and output.
 
     `queue_timeout_s`, if not None, takes the place of the engine's. `traceparent` (W3C trace context) is the
-    caller's span. Both are set with `dataclasses.replace`.
+    caller's span, `name` what the request's id begins with, `operation` what spans call it. All are set with
+    `dataclasses.replace`.
     """
 
     prompt: str | None
@@ -52,6 +60,8 @@ class Prepared:
     arrived_s: float
     queue_timeout_s: float | None = None
     traceparent: str | None = None
+    name: str = "request"
+    operation: Operation = "text_completion"
 
 
 class Engine:
@@ -82,7 +92,7 @@ class Engine:
         try:
             self._workers.start(self._worker_configs(endpoint, directory))
             self._runtime.wait_ready(config.start_timeout_s)
-            if config.local_prefill_tokens is None and not config.is_colocated:
+            if config.local_prefill_tokens == "auto" and not config.is_colocated:
                 self._measure_local_prefill()
             self._runtime.control.open_books()
         except BaseException:
@@ -115,7 +125,7 @@ class Engine:
             arrival = next(self._arrivals)
         params, token_ids = prepared.params, list(prepared.token_ids)
         request = RoutedRequest(
-            request_id=RequestId(f"request-{arrival}"),
+            request_id=RequestId(f"{prepared.name}-{arrival}"),
             arrival=arrival,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
@@ -124,6 +134,7 @@ class Engine:
             max_total_tokens=prepared.max_total_tokens,
             deadline_s=_deadline_s(prepared),
             traceparent=prepared.traceparent,
+            operation=prepared.operation,
         )
         stream = OutputStream(
             request=request,
@@ -199,8 +210,8 @@ class Engine:
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {num_tokens} tokens; max_model_len={self.max_model_len} "
+            raise ContextLengthExceeded(
+                f"prompt: it has {num_tokens} tokens; max_model_len={self.max_model_len} "
                 "must leave room for at least one more"
             )
 

@@ -25,6 +25,10 @@ class ModelError(KVRelayError):
     """The model is missing, corrupt or of an architecture we do not run; the message names the file."""
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the model's context."""
+
+
 class PoolTooSmall(InvalidRequest):
     """One request needs more KV blocks than the whole pool has."""
 

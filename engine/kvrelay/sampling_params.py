@@ -22,9 +22,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     `temperature=0` is greedy. `top_k=0` (or -1) and `top_p=1` switch those filters off. With a `seed`, the
     token drawn depends on (seed, position, distribution) only, whichever way the request was served;
-    without one, the engine draws a seed. `logprobs=k` returns the chosen token's and the k most likely
-    tokens' log-probabilities, after penalties and before temperature; `prompt_logprobs=k` those of the
-    prompt's tokens, each given what stands before it. `logit_bias` adds -100 to 100 to single tokens' logits.
+    without one (None, or -1), the engine draws a seed. `logprobs=k` returns the chosen token's and the k most
+    likely tokens' log-probabilities, after penalties and before temperature; `prompt_logprobs=k` those of
+    the prompt's tokens, each given what stands before it. `logit_bias` adds -100 to 100 to single logits.
     Requests of a lower `priority` are served first, those of equal priority in order of arrival. KV is
     reused only between requests of equal `cache_salt` (a tenant's secret, say); None shares with all that
     have none. `attention` replaces the engine's for this request, where the engine was not started dense.
@@ -60,6 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
         for field in _FLOATS:
             msgspec.structs.force_setattr(self, field, _as_float(field, getattr(self, field)))
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
         biases = {token: _as_float("logit_bias", value) for token, value in self.logit_bias.items()}
         msgspec.structs.force_setattr(self, "logit_bias", biases)
         for field, (ok, expected) in self._rules().items():
@@ -77,7 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             "top_k": (-1 <= self.top_k <= MAX_INTEGER, f"-1 to {MAX_INTEGER}"),
             "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**63, "None or 0 to 2**63-1"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "None or -2**63 to 2**63-1"),
             "stop": (
                 stops_ok,
                 f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters",

@@ -67,7 +67,7 @@ def test_a_bad_setting_is_refused_by_name(
         (7, "prompt: expected text or token ids; got int"),
         (b"text", "prompt: expected text or token ids; got bytes"),
         ("\ud800", "the text cannot be encoded"),
-        (list(range(2, 200)) * 6, f"the prompt has 1188 tokens; max_model_len={MAX_POSITIONS}"),
+        (list(range(2, 200)) * 6, f"prompt: it has 1188 tokens; max_model_len={MAX_POSITIONS}"),
     ],
 )
 def test_a_bad_prompt_is_refused_and_the_batch_with_it(tiny_directory: Path, prompt: Any, text: str) -> None:

@@ -10,7 +10,7 @@ from test_router_core import request
 from kvrelay.config import EngineConfig
 from kvrelay.errors import DeadlineExceeded, InvalidConfig, InvalidRequest
 from kvrelay.outputs import StreamEvent
-from kvrelay.router.request import Update
+from kvrelay.router.request import Operation, Update
 from kvrelay.router.spans import Spans, open_spans
 from tiny_engine import greedy, prompts, tiny_llm
 
@@ -31,8 +31,10 @@ def exporter() -> Any:
     return InMemorySpanExporter()
 
 
-def test_a_span_is_the_requests_ledger(exporter: Any) -> None:
+@pytest.mark.parametrize("operation", ["text_completion", "chat"])
+def test_a_span_is_the_requests_ledger(exporter: Any, operation: Operation) -> None:
     routed = request(0, num_prompt_tokens=5, max_tokens=3)
+    routed.operation = operation
     routed.traceparent, routed.last_pair, routed.attempt = TRACEPARENT, ("p0", "d0"), 1  # type: ignore[assignment]
     for at_s, event in ((10.0, "arrived"), (11.0, "prefill_started"), (13.0, "prefill_finished")):
         routed.ledger.add(event, at_s)
@@ -50,7 +52,7 @@ def test_a_span_is_the_requests_ledger(exporter: Any) -> None:
         ("first_token", 4.0),
     ]
     found = dict(span.attributes)
-    assert found["gen_ai.operation.name"] == "text_completion"
+    assert (found["gen_ai.operation.name"], span.name) == (routed.operation, f"{routed.operation} tiny")
     assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (5, 1)
     assert found["gen_ai.response.finish_reasons"] == ("stop",)
     assert (found["gen_ai.latency.time_to_first_token"], found["gen_ai.latency.time_in_queue"]) == (4.0, 1.0)

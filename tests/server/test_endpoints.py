@@ -80,14 +80,14 @@ def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None
 @pytest.mark.parametrize(
     ("path", "body", "part", "param"),
     [
-        ("completions", {}, "missing required field `prompt`", None),
+        ("completions", {}, "missing required field `prompt`", "prompt"),
         ("completions", {"prompt": 3}, "Expected `str | array`", "prompt"),
         ("completions", {"prompt": []}, "length >= 1", "prompt"),
         ("completions", {"prompt": ""}, "at least one token", "prompt"),
         ("completions", {"prompt": [[]]}, "at least one token", "prompt"),
         ("completions", {"prompt": [1, "a"]}, "got a mixture", "prompt"),
         ("completions", {"prompt": [258]}, "258 is not in 0 to 257", "prompt"),
-        ("completions", {"prompt": ["x"] * 1025}, "1025 prompts; at most 1024", "prompt"),
+        ("completions", {"prompt": ["x"] * 1025}, "1025 prompts x n; at most 1024", "n"),
         ("completions", {"prompt": ["x"] * 9, "n": 128}, "9 prompts x n; at most 1024", "n"),
         ("completions", {"prompt": "x", "n": 129}, "<= 128", "n"),
         ("completions", {"prompt": "x", "best_of": 2}, "<= 1", "best_of"),
@@ -113,6 +113,9 @@ def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None
         ("completions", {"prompt": "x", "return_token_ids": True}, "/tokenize", "return_token_ids"),
         ("chat/completions", {"messages": HI, "function_call": {"name": "f"}}, "not built", "function_call"),
         ("completions", {"prompt": "x" * 200_000}, "characters; max_model_len=1024 holds", "prompt"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, "field `role`", "messages[0].role"),
+        ("chat/completions", {"messages": HI, "echo": True}, "its message only", "echo"),
+        ("completions", {"prompt": "x", "seed": -(2**63) - 1}, ">= -9223372036854775808", "seed"),
         ("chat/completions", {"messages": []}, "length >= 1", "messages"),
         ("chat/completions", {"messages": HI, "tools": [{}]}, "not built", "tools"),
         ("chat/completions", {"messages": HI, "chat_template": "{{ 1 }}"}, "not run", "chat_template"),
@@ -132,6 +135,76 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     answer = client.post(f"/v1/{path}", json=body)
     given = param if param is not None else answer.json()["error"]["param"]
     assert_is_error(answer, 400, part, given)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": [3] * 1024}, "prompt"),
+        ("completions", {"prompt": "x" * 1024}, "prompt"),
+        ("completions", {"prompt": "x" * 200_000}, "prompt"),
+        ("completions", {"prompt": "x", "max_tokens": 1024}, "max_tokens"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 1024}]}, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 200_000}]}, "messages"),
+    ],
+)
+def test_what_is_too_long_for_the_context_has_openais_code(
+    client: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = client.post(f"/v1/{path}", json=body)
+    assert_is_error(answer, 400, "max_model_len=1024", param)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"chat_template": "{{ 1 }}"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"continue_final_message": True},
+    ],
+)
+def test_tokenize_refuses_what_would_change_the_text(client: httpx.Client, field: dict[str, Any]) -> None:
+    answer = client.post("/tokenize", json={"messages": HI, **field})
+    assert_is_error(answer, 400, "", next(iter(field)))
+
+
+def test_negative_seeds_are_seeds_and_minus_one_is_none(client: httpx.Client) -> None:
+    def texts(seed: int) -> list[str]:
+        body = {"prompt": "x", "seed": seed, "n": 3, "max_tokens": 8, "ignore_eos": True}
+        return [choice["text"] for choice in client.post("/v1/completions", json=body).json()["choices"]]
+
+    assert texts(-3) == texts(-3)
+    assert len(set(texts(-3))) == 3
+    assert texts(-(2**63)) == texts(-(2**63))
+    assert texts(-1) != texts(-1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_tells_what_was_cached(client: httpx.Client, stream: bool) -> None:
+    """Two prompts of 150 and of 20 tokens, two choices each: two blocks of the first were there."""
+    body: dict[str, Any] = {"prompt": ["c" * 150, "d" * 20], "n": 2, "max_tokens": 1}
+    client.post("/v1/completions", json=body)
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    text = client.post("/v1/completions", json=body).text
+    usage = json.loads(text.split("data: ")[-2] if stream else text)["usage"]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (170, {"cached_tokens": 128})
+
+
+@pytest.mark.parametrize(("path", "prefix"), [("completions", "cmpl"), ("chat/completions", "chatcmpl")])
+def test_one_name_leads_from_the_header_to_the_page(
+    client: httpx.Client, served: Served, path: str, prefix: str
+) -> None:
+    body = {"prompt": "x", "messages": HI, "max_tokens": 2, "n": 2}
+    for headers in ({"x-request-id": "mine 1"}, {"x-request-id": "mine 1"}, {}):
+        answer = client.post(f"/v1/{path}", json=body, headers=headers)
+        name = f"{prefix}-{answer.headers['x-request-id']}"
+        assert answer.json()["id"] == name
+        recent = [ended.request_id for ended in served.server._service.bridge.recent]
+        assert len(recent) == len(set(recent)), "however often a client sends the same"
+        assert [one.rpartition("-")[0] for one in recent[-2:]] == [name, name]
 
 
 def test_fields_that_ask_for_nothing_and_unknown_ones_are_taken(client: httpx.Client) -> None:
@@ -190,14 +263,15 @@ def test_the_callers_trace_reaches_the_engine(
     submit, seen = served.engine.submit, []
 
     def spy(prepared: Prepared, on_event: Any) -> RequestId:
-        seen.append(prepared.traceparent)
+        seen.append((prepared.traceparent, prepared.operation))
         return submit(prepared, on_event)
 
     monkeypatch.setattr(served.engine, "submit", spy)
     body = {"prompt": "x", "messages": HI, "max_tokens": 2, "n": 2}
     for headers in ({"traceparent": trace}, {}):
         assert client.post(f"/v1/{path}", json=body, headers=headers).status_code == 200
-    assert seen == [trace, trace, None, None]
+    operation = "chat" if path.startswith("chat") else "text_completion"
+    assert seen == [(given, operation) for given in (trace, trace, None, None)]
 
 
 def test_echo_scores_the_prompt_as_transformers_does(client: httpx.Client, tiny_directory: Path) -> None:

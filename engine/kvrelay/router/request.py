@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -22,6 +22,8 @@ from kvrelay.types import (
     WorkerId,
 )
 from kvrelay.wire import Abort, Mark, NewToken, StepReport
+
+Operation = Literal["text_completion", "chat"]  # as the GenAI conventions name them
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +93,7 @@ class RoutedRequest:
     num_blocks_held: int = 0  # decode blocks that the router counts for it
     num_blocks_shared: int = 0  # those that decode had cached when the attempt began: not counted
     traceparent: str | None = None  # of the caller's span (W3C trace context)
+    operation: Operation = "text_completion"
     last_pair: tuple[WorkerId, WorkerId] | None = None  # where the last attempt went
     pinned: tuple[WorkerId, WorkerId] | None = None  # the only pair that may serve it
     attention: dict[str, AttentionUse] = field(default_factory=dict)

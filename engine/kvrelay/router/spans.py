@@ -49,7 +49,7 @@ class Spans:
 
         carrier = {"traceparent": request.traceparent} if request.traceparent else {}
         span = self._tracer.start_span(
-            f"text_completion {self._model_name}",
+            f"{request.operation} {self._model_name}",
             context=TraceContextTextMapPropagator().extract(carrier),
             kind=SpanKind.SERVER,
             attributes=self._attributes(request, update),
@@ -72,7 +72,7 @@ class Spans:
     def _attributes(self, request: RoutedRequest, update: Update) -> dict[str, Any]:
         timings, params = request.ledger.timings(update.at_s), request.params
         found = {
-            "gen_ai.operation.name": "text_completion",
+            "gen_ai.operation.name": request.operation,
             "gen_ai.provider.name": "kvrelay",
             "gen_ai.request.model": self._model_name,
             "gen_ai.response.model": self._model_name,

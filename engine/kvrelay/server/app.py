@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from kvrelay.engine import Engine
 from kvrelay.errors import EngineClosed, KVRelayError
+from kvrelay.router.request import Operation
 from kvrelay.server.body import read_body
 from kvrelay.server.errors import Refused, error_response
-from kvrelay.server.gate import CARRIED, Gate
+from kvrelay.server.gate import CARRIED, REQUEST_ID, Gate
 from kvrelay.server.generation import ClientGone, EventBridge, Generation
 from kvrelay.server.live import add_live_page
 from kvrelay.server.openapi import Documents
@@ -68,7 +68,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     add_operations(router, service, documents)
     add_live_page(router, service, documents)
     documents.install(app, with_key=config.api_key is not None)
-    for kind in (KVRelayError, Refused, HTTPException, RequestValidationError, ClientGone, Exception):
+    for kind in (KVRelayError, Refused, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(Gate, config=config)
     return app
@@ -78,16 +78,16 @@ def _add_generation(router: APIRouter, service: Service, documents: Documents) -
     async def completions(request: Request) -> Response:
         """Continue text or token ids."""
         asked = await _read(service, request, CompletionRequest)
-        plan = await plan_completion(service.engine, asked)
-        head = Head.new("cmpl", service.model_name)
+        head = Head.new(f"cmpl-{request.scope[REQUEST_ID]}", service.model_name)
+        plan = _named(request, head, "text_completion", await plan_completion(service.engine, asked))
         writer = CompletionWriter(plan, head, service.engine.tokenizer, asked.echo is True)
         return await _answer(service, request, asked, plan, writer)
 
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         asked = await _read(service, request, ChatRequest)
-        plan = await plan_chat(service.engine, asked)
-        head = Head.new("chatcmpl", service.model_name)
+        head = Head.new(f"chatcmpl-{request.scope[REQUEST_ID]}", service.model_name)
+        plan = _named(request, head, "chat", await plan_chat(service.engine, asked))
         writer = ChatWriter(plan, head, service.engine.tokenizer)
         return await _answer(service, request, asked, plan, writer)
 
@@ -109,16 +109,23 @@ async def _read(service: Service, request: Request, kind: type[Body]) -> Body:
     return asked
 
 
+def _named(request: Request, head: Head, operation: Operation, plan: Plan) -> Plan:
+    """The plan, its requests known to the engine by the response's id and the caller's span."""
+    trace = request.headers.get("traceparent")
+    prepared = [replace(one, traceparent=trace, name=head.id, operation=operation) for one in plan.prepared]
+    return replace(plan, prepared=prepared)
+
+
 async def _answer(
     service: Service, request: Request, asked: Sampling, plan: Plan, writer: Writer
 ) -> Response:
     """Run the plan; a stream's headers wait for its first news, so that an early failure has its status."""
     if service.draining.is_set():
         raise EngineClosed("the server is shutting down")
-    trace = request.headers.get("traceparent")
-    prepared = [replace(one, traceparent=trace) for one in plan.prepared] if trace else plan.prepared
     with_progress = asked.stream is True and plan.with_measured
-    generation = Generation(service.bridge, prepared, ends_only=not asked.stream, with_progress=with_progress)
+    generation = Generation(
+        service.bridge, plan.prepared, ends_only=not asked.stream, with_progress=with_progress
+    )
     try:
         generation.watch(request.receive)
         if not asked.stream:
@@ -142,8 +149,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail}"
         error = Refused(error.status_code, message, headers=error.headers)
-    if isinstance(error, RequestValidationError):
-        error = Refused(400, "; ".join(str(one["msg"]) for one in error.errors()))
     response = error_response(error)
     if not isinstance(error, KVRelayError | Refused):  # answered outside the gate, which marks all others
         response.raw_headers += [*request.scope[CARRIED], (b"connection", b"close")]  # as uvicorn will

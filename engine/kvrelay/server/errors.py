@@ -12,6 +12,7 @@ from kvrelay.server.responses import ErrorBody, ErrorResponse
 
 _FIELD = re.compile(r"([a-z_]\w*(?:[.\[][\w.\[\]]*)?)[=:]")
 _KINDS: dict[type[errors.KVRelayError], tuple[int, str, str | None]] = {  # the first that matches
+    errors.ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.Overloaded: (429, "rate_limit_error", "overloaded"),
     errors.DeadlineExceeded: (503, "server_error", "deadline_exceeded"),

@@ -19,6 +19,7 @@ from kvrelay.server_config import ServerConfig, is_loopback
 OPEN_PATHS = ("/health",)
 MAX_ID_CHARACTERS = 256
 CARRIED = "kvrelay.carried"  # where the scope holds the headers that go back
+REQUEST_ID = "kvrelay.request_id"
 _ECHOED = ("traceparent", "tracestate")
 
 
@@ -38,7 +39,7 @@ class Gate:
         request_id = given if _is_plain(given) else uuid.uuid4().hex
         carried = [(b"x-request-id", request_id.encode())]
         carried += [(n.encode(), headers[n].encode()) for n in _ECHOED if _is_plain(headers.get(n, ""))]
-        scope[CARRIED] = carried
+        scope[CARRIED], scope[REQUEST_ID] = carried, request_id
         answer = _answering(scope, receive, send, has_body(headers))
         try:
             self._check(scope, headers, given)

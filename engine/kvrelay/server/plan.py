@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from kvrelay.engine import Engine, Prepared
-from kvrelay.errors import InvalidRequest, ModelError
+from kvrelay.errors import ContextLengthExceeded, InvalidRequest, ModelError
 from kvrelay.sampling_params import SamplingParams
-from kvrelay.server.requests import MAX_PROMPTS, ChatMessage, ChatRequest, CompletionRequest, Sampling
+from kvrelay.server.requests import ChatMessage, ChatRequest, CompletionRequest, Sampling
 
 MAX_REQUESTS = 1024  # prompts x n of one HTTP request
 LARGE_TEXT = 16_384  # characters from which tokenising leaves the loop
@@ -91,6 +91,8 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
     """Check a chat request; without a limit the answer may fill the context. Raises `InvalidRequest`."""
     arrived_s = time.monotonic()
     check_stream_options(asked)
+    if asked.echo:
+        raise InvalidRequest("echo=true: an answer to a conversation is its message only")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidRequest(f"top_logprobs={asked.top_logprobs}: needs logprobs=true")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -99,7 +101,10 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
         raise InvalidRequest("max_tokens=0: expected at least 1")
     text = render(engine, asked.messages, add_generation_prompt=asked.add_generation_prompt is not False)
     params = _params(asked, engine.max_model_len if limit is None else limit, logprobs)
-    one = await _prepare(engine, text, params, asked.add_special_tokens is True, arrived_s)
+    try:
+        one = await _prepare(engine, text, params, asked.add_special_tokens is True, arrived_s)
+    except ContextLengthExceeded as error:  # the prompt is what the messages became
+        raise ContextLengthExceeded(str(error).replace("prompt", "messages", 1)) from None
     _check_length(engine, one, limit or 1)
     n = asked.n or 1
     plan = Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
@@ -124,7 +129,7 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool) -> list
     """Tokens of a text; a long one is tokenised beside the loop. Raises `InvalidRequest` for far too long."""
     longest = engine.max_model_len * engine.tokenizer.longest_token
     if len(text) > longest:
-        raise InvalidRequest(
+        raise ContextLengthExceeded(
             f"prompt: {len(text)} characters; max_model_len={engine.max_model_len} holds {longest} at most"
         )
     if len(text) < LARGE_TEXT:
@@ -146,8 +151,6 @@ def _prompts(given: str | list[str | int | list[int]]) -> list[Prompt]:
     prompts = [item for item in given if not isinstance(item, int)]
     if len(prompts) != len(given):
         raise InvalidRequest("prompt: expected text, token ids, or a list of either; got a mixture")
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt: {len(prompts)} prompts; at most {MAX_PROMPTS}")
     return prompts
 
 
@@ -167,7 +170,7 @@ async def _prepare(
 def _check_length(engine: Engine, prepared: Prepared, max_tokens: int) -> None:
     needed = len(prepared.token_ids) + max_tokens
     if needed > engine.max_model_len:
-        raise InvalidRequest(
+        raise ContextLengthExceeded(
             f"max_tokens={max_tokens}: with {len(prepared.token_ids)} prompt tokens that makes {needed}; "
             f"max_model_len={engine.max_model_len}"
         )
@@ -181,11 +184,11 @@ def _num_logprobs(prepared: Prepared) -> int:
 
 
 def _repeat(prepared: Prepared, n: int) -> list[Prepared]:
-    """The same request `n` times; a seed is counted up, so that the choices differ."""
+    """The same request `n` times; a seed is counted up, so that the choices differ, and never to -1: none."""
     params = prepared.params
     if n == 1 or params.seed is None:
         return [prepared] * n
-    seeds = ((params.seed + index) % 2**63 for index in range(n))
+    seeds = (params.seed, *((params.seed + index) % 2**63 for index in range(1, n)))
     return [replace(prepared, params=msgspec.structs.replace(params, seed=seed)) for seed in seeds]
 
 

@@ -4,6 +4,7 @@ Field names and meanings are OpenAI's, and vLLM's where OpenAI has none. Fields 
 those that we know and cannot honour are refused by name (`REFUSED`): ignoring them would change the answer.
 """
 
+import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,7 +16,6 @@ from kvrelay.sparse import SparseAttention
 from kvrelay.types import Role
 
 MAX_CHOICES = 128  # `n`
-MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
@@ -46,7 +46,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: Annotated[list[Count], Meta(max_length=256)] | None = None
     ignore_eos: bool | None = None
@@ -113,6 +113,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
+    echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: list[Any] | None = None
@@ -135,6 +136,10 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
+    tools: list[Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
 
 
 def _is_given(field: str, kind: str) -> dict[str, Any]:
@@ -186,6 +191,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask 
 }
 
 
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+
+
 def parse(body: bytes, kind: type[Body]) -> Body:
     """The document in `body`. Raises `InvalidRequest`, `field: what was expected`, for any other input."""
     try:
@@ -193,6 +201,8 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         what, _, place = str(error).partition(" - at `")  # `$.n`, or `key` in `$.logit_bias`
         field = place.rpartition("$.")[2].rstrip("`")
+        if missing := _MISSING.match(what):
+            field = f"{field}.{missing[1]}" if field else missing[1]
         raise InvalidRequest(f"{field}: {what}" if field else f"the body: {what}") from None
     for field in kind.__struct_fields__:  # type: ignore[attr-defined]
         if field in REFUSED:

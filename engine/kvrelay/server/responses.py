@@ -27,12 +27,19 @@ class ErrorResponse(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """How many of the prompts' tokens were found in a cache."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens read and generated, all choices of the request together."""
+    """Tokens read and generated, all choices of the request together; details once all have ended."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
 
 
 class AttentionRead(msgspec.Struct, frozen=True, kw_only=True):

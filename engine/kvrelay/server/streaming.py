@@ -56,7 +56,7 @@ class Chunks:
         self._plan, self._writer = plan, writer
         self._at_end = options is not None and options.include_usage is True
         self._always = options is not None and options.continuous_usage_stats is True
-        self._num_tokens = 0
+        self._num_tokens = self._num_cached = 0
 
     async def pieces(self, first: Burst, rest: AsyncIterator[Burst]) -> AsyncGenerator[bytes, None]:
         """`first`, which has come already, then the rest; an error on the way is the last event but one."""
@@ -65,7 +65,7 @@ class Chunks:
             async for burst in rest:
                 yield await self._encode(burst)
             if self._at_end:
-                usage = total_usage(self._plan, self._num_tokens)
+                usage = total_usage(self._plan, self._num_tokens, self._num_cached)
                 yield _event(self._writer.usage_chunk(usage))
         except KVRelayError as error:
             yield _event(error_body(error)[1])
@@ -77,7 +77,7 @@ class Chunks:
             chunks = [
                 _event(chunk)
                 for index, event in _merged([told for told in burst if told[1].num_prefilled is None])
-                for chunk in self._writer.chunks(index, event, self._usage(event))
+                for chunk in self._writer.chunks(index, event, self._usage(index, event))
             ]
             return b"".join([*progress, *chunks])
 
@@ -88,10 +88,12 @@ class Chunks:
         num_tokens = len(self._plan.prepared[index].token_ids)
         return f": choice {index}: {event.num_prefilled} of {num_tokens} prompt tokens computed\n\n".encode()
 
-    def _usage(self, event: StreamEvent) -> MaybeUsage:
+    def _usage(self, index: int, event: StreamEvent) -> MaybeUsage:
         self._num_tokens += len(event.token_ids)
+        if event.output is not None and index % self._plan.n == 0:  # a prompt counts once
+            self._num_cached += event.output.num_cached_tokens
         if self._always:
-            return total_usage(self._plan, self._num_tokens)
+            return total_usage(self._plan, self._num_tokens, None)
         return None if self._at_end else UNSET
 
 

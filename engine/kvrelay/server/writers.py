@@ -4,7 +4,6 @@ Knows documents and text. Knows nothing of connections.
 """
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -27,6 +26,7 @@ from kvrelay.server.responses import (
     CompletionLogprobs,
     Delta,
     Measured,
+    PromptTokensDetails,
     Reply,
     Usage,
 )
@@ -45,9 +45,9 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> "Head":
-        """A fresh identity, `prefix` and 32 hex digits."""
-        return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+    def new(cls, name: str, model: str) -> "Head":
+        """An identity of that name, from now."""
+        return cls(id=name, created=int(time.time()), model=model)
 
     def on(self, kind: type[Document], **rest: Any) -> Document:
         """A document of that kind with this head."""
@@ -76,11 +76,24 @@ def measured(plan: Plan, outputs: Sequence[RequestOutput | None]) -> Measured | 
     return each[0] if len(each) == 1 else each
 
 
-def total_usage(plan: Plan, num_output_tokens: int) -> Usage:
-    """Tokens read and shown; the one that `max_tokens: 0` computes is not."""
+def total_usage(plan: Plan, num_output_tokens: int, num_cached: int | None) -> Usage:
+    """Tokens read and shown; the one that `max_tokens: 0` computes is not. `num_cached=None`: unknown yet."""
     shown = 0 if plan.is_prompt_only else num_output_tokens
     prompt = plan.num_prompt_tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=shown, total_tokens=prompt + shown)
+    details: PromptTokensDetails | UnsetType = UNSET
+    if num_cached is not None:
+        details = PromptTokensDetails(cached_tokens=num_cached)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=shown,
+        total_tokens=prompt + shown,
+        prompt_tokens_details=details,
+    )
+
+
+def _num_cached(plan: Plan, outputs: Sequence[RequestOutput]) -> int:
+    """Cached tokens of all prompts, each counted once: those of its first choice."""
+    return sum(output.num_cached_tokens for output in outputs[:: plan.n])
 
 
 class CompletionWriter:
@@ -105,7 +118,7 @@ class CompletionWriter:
             )
             choices.append(self._choice(index, event))
         tokens = sum(len(output.token_ids) for output in outputs)
-        usage = total_usage(self._plan, tokens)
+        usage = total_usage(self._plan, tokens, _num_cached(self._plan, outputs))
         return self._head.on(Completion, choices=choices, usage=usage, kvrelay=measured(self._plan, outputs))
 
     def chunks(self, index: int, event: StreamEvent, usage: MaybeUsage) -> list[msgspec.Struct]:
@@ -164,7 +177,8 @@ class ChatWriter:
             )
             for index, output in enumerate(outputs)
         ]
-        usage = total_usage(self._plan, sum(len(output.token_ids) for output in outputs))
+        tokens = sum(len(output.token_ids) for output in outputs)
+        usage = total_usage(self._plan, tokens, _num_cached(self._plan, outputs))
         return self._head.on(
             ChatCompletion, choices=choices, usage=usage, kvrelay=measured(self._plan, outputs)
         )
