@@ -91,7 +91,7 @@ def test_what_makes_no_sense_is_a_400(client: httpx.Client, content: bytes) -> N
 
 def test_a_long_prompt_is_refused_before_its_tokens_are_looked_at(client: httpx.Client) -> None:
     answer = client.post("/v1/completions", json={"prompt": [*[3] * 1_000_000, -1]})
-    assert_is_error(answer, 400, "prompt: it has 1000001 tokens")
+    assert_is_error(answer, 400, "prompt: it has 1000001 tokens", "prompt")
 
 
 def test_log_probabilities_are_bounded_together(
