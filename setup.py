@@ -7,12 +7,15 @@ Everything else about the package is in pyproject.toml. Without a compiler the i
 import os
 import platform
 import sys
+import zlib
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "kernels/csrc/kernels.cpp"
-HEADERS = [f"kernels/csrc/{name}" for name in sorted(os.listdir("kernels/csrc")) if name.endswith(".h")]
+HEADERS = sorted(map(str, Path("kernels/csrc").glob("*.h")))
+SOURCES_CRC = zlib.crc32(b"".join(Path(name).read_bytes() for name in [*HEADERS, SOURCE]))  # as library.py's
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 INSTRUCTION_SETS = {  # name: (float lanes, flags); library.py tries them in this order, reversed
     "generic": (4, []),
@@ -54,7 +57,7 @@ def extensions() -> list[Extension]:
             [SOURCE],
             depends=HEADERS,
             language="c++",
-            extra_compile_args=[*FLAGS, *flags, f"-DKVR_LANES={lanes}"],
+            extra_compile_args=[*FLAGS, *flags, f"-DKVR_LANES={lanes}", f"-DKVR_SOURCES={SOURCES_CRC}u"],
             extra_link_args=["-pthread"],
             optional=True,
         )

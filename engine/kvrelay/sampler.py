@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.types import TokenLogprobs
+from kvrelay_kernels.cpu.sum_of_weights import RELATIVE_ERROR, sum_of_weights
 
 _MASK = (1 << 64) - 1
 TINY = 1e-300  # stands for a temperature of 0 where what comes of it is not used
@@ -24,7 +25,6 @@ REACHES = (
     16.0,
     math.inf,
 )  # in temperatures below the largest logit: e^-7 of its weight, all
-ROUNDING = 2.0**-17  # more than a float32 sum of float32 weights may be off by: see `_total_about`
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +184,11 @@ def _draw(below: NDArray[np.float32], row: Row) -> int:
 
 
 def _total_about(below: NDArray[np.float32], params: SamplingParams) -> tuple[float, ...]:
-    """Bounds of the sum of all weights, on one thread: torch would wake its threads for each row.
-
-    Two float32 roundings put a log-weight x off by |x| / 2^23, the mean of |x| over the distribution is at
-    most ln V, numpy's exponential is good to three units in the last place, and its sums are pairwise: in
-    all, for a million tokens, less than `ROUNDING`. None are known for temperatures far outside float32, and
-    none are needed with top-k.
-    """
+    """Bounds of the sum of all weights. With top-k none are needed, and none known of odd temperatures."""
     if params.top_k > 0 or not 1e-30 < params.temperature < 1e30:
         return (0.0, math.inf)
-    weights = below / np.float32(params.temperature)
-    total = float(np.exp(weights, out=weights).sum())
-    return (total * (1 - ROUNDING), total * (1 + ROUNDING))
+    total = sum_of_weights(below, params.temperature)
+    return (total * (1 - RELATIVE_ERROR), total * (1 + RELATIVE_ERROR))
 
 
 def _likeliest(

@@ -103,6 +103,7 @@ struct Step {
 
 extern "C" {
 int32_t kvr_supported();
+uint32_t kvr_sources();  // CRC-32 of the files it was compiled from: setup.py and library.py compute it
 int32_t kvr_prefill(const PagedKV *, const Queries *, const Lists *, const Outputs *);
 int32_t kvr_decode(const PagedKV *, const Queries *, const Lists *, const Outputs *);
 int32_t kvr_merge(const void *outs, const float *lses, int64_t splits, int64_t rows, int64_t head_dim,
@@ -119,4 +120,5 @@ int32_t kvr_before_attention(const Model *, int32_t layer, const float *hidden, 
 int32_t kvr_after_attention(const Model *, int32_t layer, const float *attended, int64_t rows, float *hidden);
 int32_t kvr_last_norm(const Model *, const float *hidden, int64_t rows, float *out);
 int32_t kvr_step(const Model *, const Step *);
+double kvr_sum_of_weights(const float *x, int64_t count, double temperature);
 }

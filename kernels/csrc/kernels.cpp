@@ -4,8 +4,13 @@
 #include "decode.h"
 #include "merge.h"
 #include "prefill.h"
+#include "sampling.h"
 #include "transformer.h"
 #include "tree_selection.h"
+
+#ifndef KVR_SOURCES
+#define KVR_SOURCES 0
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -36,6 +41,8 @@ EXPORT int32_t kvr_supported() {
   return 1;
 #endif
 }
+
+EXPORT uint32_t kvr_sources() { return KVR_SOURCES; }
 
 EXPORT int32_t kvr_prefill(const PagedKV *kv, const Queries *queries, const Lists *lists, const Outputs *to) {
   if (const Status status = check(*kv, *queries, *lists)) return status;
@@ -129,4 +136,8 @@ EXPORT int32_t kvr_step(const Model *model, const Step *step) {
   if (const Status status = check_step(*model, *step)) return status;
   with_dtype(step->kv_dtype, [&](auto type) { decode_step<decltype(type)>(*model, *step); });
   return kOk;
+}
+
+EXPORT double kvr_sum_of_weights(const float *x, int64_t count, double temperature) {
+  return sum_of_weights(x, count, temperature);
 }

@@ -1,11 +1,13 @@
 """The CPU implementation: which backend runs, every instruction set built, threads, refusals."""
 
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from kernel_batches import (
     random_selection,
 )
 from kvrelay_kernels.cpu.native import library
+from kvrelay_kernels.cpu.sum_of_weights import RELATIVE_ERROR, sum_of_weights
 from kvrelay_kernels.reference.query_groups import block_masses as exact_masses
 from kvrelay_kernels.reference.query_groups import mean_over_rows, query_groups
 from kvrelay_kernels.reference.sequences import iterate_chunks
@@ -45,6 +48,43 @@ def test_without_the_extension_cpu_is_torch_and_native_refuses(monkeypatch: pyte
     assert kk.cpu_backend() == "torch"
     with pytest.raises(kk.KernelUnavailable, match=r"not built.*build_ext"):
         kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cpu-native")
+
+
+@built
+def test_a_library_of_other_sources_than_the_checkouts_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(library.__file__).with_name("kernels_generic.so")
+    assert library.load_from(path) is not None
+    monkeypatch.setattr(library, "CSRC", shutil.copytree(library.CSRC, tmp_path / "csrc"))
+    assert library.load_from(path) is not None
+    (tmp_path / "csrc/merge.h").write_text((tmp_path / "csrc/merge.h").read_text() + "// changed\n")
+    assert library.load_from(path) is None
+    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
+    batch = make_batch([(0, 70)], dtype=torch.float32)
+    with pytest.raises(kk.KernelUnavailable, match=r"not from these sources; install again"):
+        kk.paged_prefill(batch.q, batch.kv, batch.cu_seqlens_q, impl="cpu-native")
+    monkeypatch.setattr(library, "CSRC", tmp_path / "none")
+    assert library.load_from(path) is not None, "an installed package has no sources"
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 50.0])
+@pytest.mark.parametrize("count", [1, 7, 8, 511, 49_152 + 3])
+@pytest.mark.parametrize("instruction_set", [*library.INSTRUCTION_SETS, None])
+def test_sums_of_weights_are_within_their_error(
+    instruction_set: str | None, count: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(library.__file__).with_name(f"kernels_{instruction_set}.so")
+    loaded = library.load_from(path) if path.exists() else None
+    if instruction_set is not None and (loaded is None or not loaded.kvr_supported()):
+        pytest.skip("not for this processor")
+    monkeypatch.setattr(library, "_load", lambda: loaded and (instruction_set, loaded))
+    for scale in (0.0, 0.1, 4.0, 30.0):
+        below = np.random.default_rng(count).standard_normal(count).astype(np.float32) * np.float32(scale)
+        below -= below.max()
+        below[1:3] = -np.inf
+        exact = np.exp(below.astype(np.float64) / temperature).sum()
+        assert sum_of_weights(below, temperature) == pytest.approx(exact, rel=RELATIVE_ERROR / 2)
 
 
 @built

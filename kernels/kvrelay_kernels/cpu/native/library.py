@@ -4,7 +4,8 @@ Knows the C interface. Knows nothing of operations.
 """
 
 import ctypes
-from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+import zlib
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kvrelay_kernels.cpu.native.transformer_structs import SIGNATURES as TRANSFO
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CSRC = Path(__file__).parents[3] / "csrc"  # there in a checkout only
 HOW_TO_BUILD = "python setup.py build_ext --inplace"
 
 
@@ -90,8 +92,11 @@ _SIGNATURES = {
     "kvr_merge": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p),
     "kvr_update_stats": (c_void_p,) * 3,
     "kvr_select_tree": (c_void_p,) * 5,
+    "kvr_sources": (),
+    "kvr_sum_of_weights": (c_void_p, c_int64, c_double),
     **TRANSFORMER_SIGNATURES,
 }
+_RESULTS = {"kvr_sources": c_uint32, "kvr_sum_of_weights": c_double}  # int32 of all others
 
 
 @cache
@@ -105,14 +110,27 @@ def _load() -> tuple[str, ctypes.CDLL] | None:
 
 
 def load_from(path: Path) -> ctypes.CDLL | None:
-    """The library at ``path`` with its signatures declared; None if not for this platform, or out of date."""
+    """The library at ``path`` with its signatures declared.
+
+    None if it is not for this platform, or not made of the sources in ``CSRC`` where these are.
+    """
     try:
         loaded = ctypes.CDLL(str(path))
         for name, argument_types in _SIGNATURES.items():
-            getattr(loaded, name).argtypes = argument_types
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = argument_types, _RESULTS.get(name, c_int32)
     except (OSError, AttributeError):  # built for another system; built before a function was added
         return None
-    return loaded
+    return loaded if sources_crc() in (None, loaded.kvr_sources()) else None
+
+
+def sources_crc() -> int | None:
+    """What ``kvr_sources`` of a library of this checkout returns; None where there are no sources."""
+    if not (CSRC / "kernels.cpp").exists():
+        return None
+    return zlib.crc32(
+        b"".join(path.read_bytes() for path in [*sorted(CSRC.glob("*.h")), CSRC / "kernels.cpp"])
+    )
 
 
 def library() -> ctypes.CDLL:
@@ -135,5 +153,5 @@ def why_not(dtype: torch.dtype, head_dim: int) -> str | None:
     if head_dim % 8:
         return f"head_dim is {head_dim}, needed a multiple of 8"
     if _load() is None:
-        return f"the C++ extension is not built, or of an older source; in a checkout: {HOW_TO_BUILD}"
+        return f"the C++ extension is not built, or not from these sources; install again: {HOW_TO_BUILD}"
     return None
