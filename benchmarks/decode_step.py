@@ -3,11 +3,13 @@
     python benchmarks/decode_step.py [--threads 2] [--batches 1 4 16] [--context 256] …
 
 Each round runs every implementation at every batch size once, in turn; figures are medians over the rounds.
+Tokens are greedy, and once more drawn at temperature 1, which is the default of `SamplingParams`.
 `read share` is the bytes of the weights a step reads over its time, against a plain sum of as many bytes in
-the same round. `overhead` is the share of a whole step of the decode side (plan, tensors, sampling, report)
-that is spent outside the call of the model. `first token` is a prompt of 2,048 tokens through `LLM`, against
-`transformers` on as many threads; `start` is `kvrelay generate` from the shell to its first token. The gate:
-native and torch choose the same tokens in float32, and each sequence the same ones alone and in the batch.
+the same round. `overhead` is the share of a whole step of the decode side (plan, block tables and tensors,
+sampling, report) that is spent outside the model: of `kvr_step`, or torch's layers and attention. `first
+token` is a prompt of 2,048 tokens through `LLM`, against `transformers` on as many threads, both warm and
+first in turn; `start` is `kvrelay generate` from the shell to its first token. The gate: native and torch
+choose the same tokens in float32, and each sequence the same ones alone and in the batch.
 """
 
 import argparse
@@ -18,32 +20,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from kvrelay import LLM, SamplingParams
 from kvrelay.config import EngineConfig, WorkerConfig, cache_home
 from kvrelay.experiments.record import Gate, make_record, write_record
+from kvrelay.models.decoder import Decoder
 from kvrelay.models.hub import resolve
 from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.types import RequestId, RequestSpec, WorkerId, num_blocks
 from kvrelay.worker.decode import DecodeSide
 from kvrelay.worker.loading import load_parts
+from kvrelay_kernels.cpu.native.library import library
 
 WAYS = (("native", "float32"), ("native", "bfloat16"), ("torch", "float32"))
+Key = tuple[tuple[str, str], int, float]  # way, batch, temperature
 
 
 @dataclass
 class Side:
-    """One decode side with its model, and the seconds its runner's logits took."""
+    """One decode side with its model."""
 
     impl: str
     dtype: str
     options: argparse.Namespace
-    model_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         settings = EngineConfig(
@@ -62,36 +69,47 @@ class Side:
             engine=settings,
         )
         self.parts, _ = load_parts(config, None, lambda message: None)
-        logits = self.parts.runner.logits
 
-        def timed(batch: list[DecodeSequence]) -> torch.Tensor:
-            start_s = time.perf_counter()
-            result = logits(batch)
-            self.model_s.append(time.perf_counter() - start_s)
-            return result
-
-        self.parts.runner.logits = timed  # type: ignore[method-assign]
-
-    def run(self, batch: int, steps: int) -> tuple[float, float, list[list[int]]]:
+    def run(self, batch: int, temperature: float) -> tuple[float, float, list[list[int]]]:
         """Seconds of a step, of which in the model, and the tokens; contexts are random but the same."""
-        side = DecodeSide(self.parts)
+        side, steps = DecodeSide(self.parts), self.options.steps
         for layer in range(self.parts.store.layout.num_layers):  # pages are alike: any will do
             for pages in self.parts.store.layer(layer):
                 pages.copy_(torch.randn(pages.shape[1:], generator=torch.Generator().manual_seed(layer)))
         for index in range(batch):
-            request = _request(index, self.options)
+            request = _request(index, temperature, self.options)
             blocks = self.parts.pool.allocate(num_blocks(len(request.token_ids)))
             side.scheduler.run(DecodeSequence(request, blocks, list(request.token_ids)))
         sequences = list(side.scheduler.running)
         side.step()
-        self.model_s.clear()
-        start_s = time.perf_counter()
-        for _ in range(steps):
-            side.step()
-        step_s = (time.perf_counter() - start_s) / steps
+        model_s: list[float] = []
+        with ExitStack() as timing:
+            for owner, name in self._model():
+                timing.enter_context(patch.object(owner, name, _timed(getattr(owner, name), model_s)))
+            start_s = time.perf_counter()
+            for _ in range(steps):
+                side.step()
+            step_s = (time.perf_counter() - start_s) / steps
         side.close()
         tokens = [sequence.token_ids[self.options.context :] for sequence in sequences]
-        return step_s, sum(self.model_s) / steps, tokens
+        return step_s, sum(model_s) / steps, tokens
+
+    def _model(self) -> list[tuple[Any, str]]:
+        return (
+            [(library(), "kvr_step")]
+            if self.impl == "native"
+            else [(Decoder, "forward"), (Decoder, "logits")]
+        )
+
+
+def _timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
+        start_s = time.perf_counter()
+        result = call(*arguments, **named)
+        seconds.append(time.perf_counter() - start_s)
+        return result
+
+    return timed
 
 
 def main() -> None:
@@ -134,7 +152,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _request(index: int, options: argparse.Namespace) -> RequestSpec:
+def _request(index: int, temperature: float, options: argparse.Namespace) -> RequestSpec:
     generator = torch.Generator().manual_seed(index)
     tokens = torch.randint(100, 40_000, (options.context,), generator=generator).tolist()
     return RequestSpec(
@@ -144,8 +162,8 @@ def _request(index: int, options: argparse.Namespace) -> RequestSpec:
         token_ids=tuple(tokens),
         num_prompt_tokens=options.context,
         max_total_tokens=options.context + 1000,
-        params=SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True),
-        seed=0,
+        params=SamplingParams(max_tokens=1000, temperature=temperature, ignore_eos=True),
+        seed=index,
     )
 
 
@@ -153,39 +171,43 @@ def _steps(options: argparse.Namespace) -> tuple[list[dict[str, Any]], Gate]:
     """A row for each way and batch size, and the gate."""
     sides = {way: Side(*way, options) for way in WAYS}
     weight_bytes = options.directory.joinpath("model.safetensors").stat().st_size
-    times: dict[tuple[tuple[str, str], int], list[tuple[float, float]]] = {}
-    tokens: dict[tuple[tuple[str, str], int], list[list[int]]] = {}
+    times: dict[Key, list[tuple[float, float]]] = {}
+    tokens: dict[Key, list[list[int]]] = {}
     reads = []
     for _ in range(options.rounds):
         reads.append(_read_bytes_per_s(weight_bytes))
         for batch in options.batches:
             for way, side in sides.items():
-                *seconds, tokens[way, batch] = side.run(batch, options.steps)
-                times.setdefault((way, batch), []).append((seconds[0], seconds[1]))
+                for temperature in (0.0, 1.0):
+                    key = (way, batch, temperature)
+                    *seconds, tokens[key] = side.run(batch, temperature)
+                    times.setdefault(key, []).append((seconds[0], seconds[1]))
     for side in sides.values():
-        side.parts.transport.close()
+        side.parts.close()
     read = statistics.median(reads)
     rows = [_row(key, measured, read, weight_bytes) for key, measured in times.items()]
     most = max(options.batches)
     checks = {
         "native and torch choose the same tokens in float32": all(
-            tokens[WAYS[0], batch] == tokens[WAYS[2], batch] for batch in options.batches
+            tokens[WAYS[0], batch, 0.0] == tokens[WAYS[2], batch, 0.0] for batch in options.batches
         ),
         "sequences get the same tokens alone and in the batch": all(
-            tokens[way, batch] == tokens[way, most][:batch] for way in WAYS[:2] for batch in options.batches
+            tokens[way, batch, t] == tokens[way, most, t][:batch]
+            for way in WAYS[:2]
+            for batch in options.batches
+            for t in (0.0, 1.0)
         ),
     }
     return rows, Gate(checks=checks)
 
 
-def _row(
-    key: tuple[tuple[str, str], int], measured: list[tuple[float, float]], read: float, weight_bytes: int
-) -> dict[str, Any]:
-    (impl, dtype), batch = key
+def _row(key: Key, measured: list[tuple[float, float]], read: float, weight_bytes: int) -> dict[str, Any]:
+    (impl, dtype), batch, temperature = key
     step_s, model_s = (statistics.median(column) for column in zip(*measured, strict=True))
     read_bytes = weight_bytes * (2 if impl == "torch" else 1)  # the checkpoint is bfloat16, torch widened it
     return {
         "way": f"{impl} {dtype}",
+        "temperature": temperature,
         "batch": batch,
         "step_ms": step_s * 1e3,
         "tokens_per_s": batch / step_s,
@@ -220,16 +242,21 @@ def _first_token(options: argparse.Namespace) -> dict[str, float]:
         "dtype": "float32",
     }
     with LLM(str(options.directory), model_impl="native", **settings) as llm:
-        llm.generate([[1, 2, 3]], params)
+        calls = {
+            "native_float32": lambda prompt: llm.generate([prompt.tolist()], params),
+            "transformers_float32": lambda prompt: theirs.generate(
+                prompt[None], max_new_tokens=1, do_sample=False
+            ),
+        }
+        for call in calls.values():
+            call(torch.arange(1, 65))
         for index in range(options.rounds):
             generator = torch.Generator().manual_seed(index)
             prompt = torch.randint(100, 40_000, (options.prompt_tokens,), generator=generator)
-            start_s = time.perf_counter()
-            llm.generate([prompt.tolist()], params)
-            seconds["native_float32"].append(time.perf_counter() - start_s)
-            start_s = time.perf_counter()
-            theirs.generate(prompt[None], max_new_tokens=1, do_sample=False)
-            seconds["transformers_float32"].append(time.perf_counter() - start_s)
+            for name in list(calls)[:: -1 if index % 2 else 1]:
+                start_s = time.perf_counter()
+                calls[name](prompt)
+                seconds[name].append(time.perf_counter() - start_s)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["transformers_float32"] / medians["native_float32"]
     return {"prompt_tokens": options.prompt_tokens, **medians, "transformers_over_native": ratio}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the records behind the README's tables anew; about half an hour on two idle cores. Commit first, and leave the
-# machine alone. VLLM=/path/to/vllm adds vLLM to the peers (benchmarks/servers.py says how to have its CPU build).
+# Makes five of the records behind the README's tables anew, and all tables (docs/benchmarks.md says which); about half an
+# hour on two idle cores. Commit first, and leave the machine alone. VLLM=/path/to/vllm adds vLLM to the peers
+# (benchmarks/servers.py says how to have its CPU build).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" dev
 [ -z "$(git status --porcelain --untracked-files=no -- . :!benchmarks/results)" ] || { echo "commit first: records name a commit"; exit 1; }

@@ -134,7 +134,7 @@ def decode_step(record: dict[str, Any]) -> str:
     for row in record["results"]["steps"]:
         shares = (f"{row['read_share']:.0%}", f"{row['overhead_share']:.1%}")
         rows.append(
-            [row["way"], str(row["batch"]), _figure(row["step_ms"]), _figure(row["tokens_per_s"]), *shares]
+            [_way(row), str(row["batch"]), _figure(row["step_ms"]), _figure(row["tokens_per_s"]), *shares]
         )
     first, start = record["results"]["first_token"], record["results"]["start_to_first_token_s"]
     lines = (
@@ -143,6 +143,10 @@ def decode_step(record: dict[str, Any]) -> str:
         f"From the shell to the first token: {start['median']:.1f} s."
     )
     return _table(rows) + lines + _source(record, "decode_step.json")
+
+
+def _way(row: dict[str, Any]) -> str:
+    return f"{row['way']}, temperature {row['temperature']:g}" if row.get("temperature") else str(row["way"])
 
 
 def hand_off(record: dict[str, Any]) -> str:

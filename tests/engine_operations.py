@@ -1,15 +1,19 @@
 """The engine's own work around a model step, each operation on its own, for `benchmarks/engine.py` and tests.
 
-No tensors: what is timed here is what Python costs between two forwards.
+No model: what is timed here is what the engine costs between two forwards.
 """
 
 from collections.abc import Callable
+
+import numpy as np
+import torch
 
 from kvrelay.cache.pool import BlockPool
 from kvrelay.codec import decode, encode
 from kvrelay.router.core import Router
 from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest
+from kvrelay.sampler import Row, sample
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.scheduler.decode import DecodeScheduler, DecodeSequence
 from kvrelay.types import RequestId, RequestSpec, Role, WorkerId, num_blocks
@@ -17,6 +21,7 @@ from kvrelay.wire import NewToken, StepReport
 from tiny_engine import hello
 
 PROMPT_TOKENS = 256
+VOCABULARY = 49_152
 PARAMS = SamplingParams(max_tokens=2**30, temperature=0.0)
 Operation = Callable[[], object]
 
@@ -26,6 +31,7 @@ def operations() -> dict[str, Operation]:
     return {
         "scheduler step, 16 sequences": scheduler_step(16),
         "scheduler step, 1000 sequences": scheduler_step(1000),
+        "sampling, 16 rows, temperature 1": sampling(16),
         "pool, 16 blocks out and back": pool_cycle(16),
         "codec, report of 16 tokens": codec_cycle(16),
         "router, report of 16 tokens": router_step(16),
@@ -58,6 +64,19 @@ def scheduler_step(num_sequences: int) -> Operation:
         return sum(scheduler.finish_reason(sequence, eos) is None for sequence in batch)
 
     return step
+
+
+def sampling(num_rows: int) -> Operation:
+    """Draw a token for each row, default parameters; logits as SmolLM2-135M's lie on prose, in random order.
+
+    Of its vocabulary 7 tokens are within 2 of the largest, 85 within 5, 2,345 within 10 (means of 64 places).
+    """
+    ranks, below = [1, 7, 16, 85, 383, 2345, 17_790, 42_107, VOCABULARY], [0, 2, 3, 5, 7, 10, 15, 20, 25]
+    values = np.interp(np.log(np.arange(1, VOCABULARY + 1)), np.log(ranks), below).astype(np.float32)
+    shuffle = np.random.default_rng(1).permutation
+    logits = torch.from_numpy(np.stack([shuffle(-values) for _ in range(num_rows)]))
+    rows = [Row(SamplingParams(), index, [0] * PROMPT_TOKENS, PROMPT_TOKENS, ()) for index in range(num_rows)]
+    return lambda: sample(logits, rows)
 
 
 def pool_cycle(count: int) -> Operation:

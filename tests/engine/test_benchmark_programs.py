@@ -6,19 +6,22 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import psutil
 import pytest
 
 from kvrelay.engine import Engine
 from kvrelay.errors import KVRelayError
 from kvrelay.outputs import StreamEvent
-from kvrelay.types import RequestId
+from kvrelay.types import RequestId, RequestSpec
+from kvrelay_kernels.cpu.native import library as native_library
 from tiny_engine import write_tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -364,3 +367,35 @@ def test_a_replay_counts_failures_against_goodput(serve: Any) -> None:
     assert (figures["requests"], figures["failed"], figures["errors"]) == (3, 1, ["ServerError: full"])
     assert figures["kept_slo"] == pytest.approx(2 / 3)
     assert replay.figures(outcomes, 0.0, 0.0)["kept_slo"] == 0.0
+
+
+@pytest.mark.parametrize("impl", ["native", "torch"])
+def test_a_decode_steps_overhead_is_all_but_the_model(
+    tiny_directory: Path, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors and tables are made in `Runner.logits`, around the model: they count as overhead."""
+    import decode_step
+
+    if impl == "native" and native_library.instruction_set() is None:
+        pytest.skip(native_library.HOW_TO_BUILD)
+    request = decode_step._request
+
+    def small(*arguments: Any) -> RequestSpec:
+        found = request(*arguments)
+        return msgspec.structs.replace(found, token_ids=tuple(token % 256 for token in found.token_ids))
+
+    monkeypatch.setattr(decode_step, "_request", small)
+    side = decode_step.Side(
+        impl, "float32", Namespace(directory=tiny_directory, threads=1, context=64, steps=3)
+    )
+    logits = side.parts.runner.logits
+
+    def slow(batch: list[Any]) -> Any:
+        time.sleep(0.05)
+        return logits(batch)
+
+    with closing(side.parts):
+        monkeypatch.setattr(side.parts.runner, "logits", slow)
+        step_s, model_s, tokens = side.run(2, 1.0)
+    assert 0 < model_s < step_s - 0.05
+    assert [len(row) for row in tokens] == [4, 4]
