@@ -142,6 +142,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             check_seconds(field, getattr(self, field))
         for field, least in LEAST:
             check_at_least(field, getattr(self, field), least)
+        if self.local_prefill_tokens is None:
+            raise InvalidConfig("local_prefill_tokens=None: expected 0 or more tokens, or 'auto'")
         if self.local_prefill_tokens != "auto":
             check_at_least("local_prefill_tokens", self.local_prefill_tokens, 0)
         if self.num_kv_tokens is not None and self.num_kv_blocks is not None:

@@ -151,7 +151,7 @@ void attend(const Model &m, const Step &step, int layer, SelectedBatch &selected
     for (int64_t c = 0; c < q_width; c += 8) store8(&q[b * q_width + c], load8(row + c));
   }
   for (int64_t b = 0; b < kv.batch && step.stats; ++b) update_sequence<T>(kv, step.stats[layer], b, 1);
-  const float scale = 1.0f / std::sqrt(float(m.head_dim));
+  const float scale = float(1.0 / std::sqrt(double(m.head_dim)));  // to the bit what layers one by one get
   const Queries queries{q.data(), {q_width, m.head_dim}, nullptr, kv.batch, m.num_q_heads, scale};
   if (selected.selects(layer))
     selected.attend<T>(kv, layer, q.data(), scale, out.data());

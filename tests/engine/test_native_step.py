@@ -177,12 +177,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @built
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [16, 96])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_steps_of_a_sparse_engine_are_one_call_and_the_same_to_the_bit_layer_by_layer(
-    tiny_directory: Path, dtype: str, settings: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: str, head_dim: int, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits, pages, the statistics of pages that became full, and what was read."""
-    native, blocks = native_decoder(tiny_directory, getattr(torch, dtype)), scattered_blocks()
+    directory = write_tiny_model(tmp_path, head_dim=head_dim)
+    native, blocks = native_decoder(directory, getattr(torch, dtype)), scattered_blocks()
     sparse = msgspec.structs.replace(SELECTING, **SETTINGS[settings])
     found = []
     for is_one_call in (True, False):

@@ -63,6 +63,18 @@ def test_a_newcomer_that_would_fit_waits_behind_the_first_of_the_queue() -> None
     assert len(router.queue) == 0
 
 
+def test_a_full_queue_refuses_no_request_of_our_own() -> None:
+    """A worker's new role is verified by one, on the router's thread."""
+    router, _ = small_pool(limit=1)
+    router.submit(request(0, 3 * BLOCK_SIZE), 0.0)
+    router.submit(request(1, 6 * BLOCK_SIZE), 0.0)
+    own = request(2, 1)
+    own.pinned = (WorkerId("p0"), WorkerId("d0"))
+    router.submit(own, 0.0)
+    assert own.request_id in router.requests
+    assert router.queue.num_refused == 0
+
+
 def test_a_full_decode_worker_gets_no_more() -> None:
     router, _ = small_pool(limit=None, max_num_seqs=2)
     for number in range(3):

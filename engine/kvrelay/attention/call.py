@@ -49,7 +49,7 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
         selector=sparse.selector,
         sink_blocks=sinks,
         local_blocks=recent,
-        top_p=sparse.top_p,
+        top_p=None if sparse.selector == "local" else sparse.top_p,  # it estimates no shares
     )
     every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
     return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config

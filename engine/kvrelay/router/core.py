@@ -66,9 +66,10 @@ class Router:
     def submit(self, request: RoutedRequest, now_s: float) -> None:
         """Take a request; it ends through `deliver`, even when no worker is left.
 
-        Raises `Overloaded`, taking nothing, when no pair can start on it now and the queue is full.
+        Raises `Overloaded`, taking nothing, when no pair can start on it now and the queue is full. Requests
+        of our own, which are not counted, are never refused.
         """
-        if self.queue.first is not None or not may_begin(request, self.fleet, now_s):
+        if request.is_counted and (self.queue.first is not None or not may_begin(request, self.fleet, now_s)):
             self.queue.check_room(now_s)
         if request.deadline_s is None and self.settings.queue_timeout_s is not None:
             request.deadline_s = now_s + self.settings.queue_timeout_s

@@ -119,8 +119,10 @@ class DrainingServer(uvicorn.Server):
         loop, service = asyncio.get_running_loop(), self._service
         error = EngineClosed(f"the server shut down, and waited {service.config.drain_timeout_s:g} s for it")
         late = loop.call_later(service.config.drain_timeout_s, service.engine.fail_all, error)
-        await super().shutdown(sockets)
-        late.cancel()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            late.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -161,7 +161,7 @@ def size_pool(
     """Blocks of the pool of a worker with these settings: as asked, else what the memory share holds.
 
     Raises `InvalidConfig`, with the bytes needed, when that is none, does not fit, or cannot hold one
-    sequence of the `max_model_len` that was asked for.
+    sequence of the `max_model_len` that was asked for and no other listed worker can.
     """
     block_bytes = memory_bytes(layout, 1, keeps_stats=engine.sparse() is not None)
     length = min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings)
@@ -177,7 +177,8 @@ def size_pool(
         _check_fits(engine, block_bytes, device, num_workers)
     if count < 1:
         raise InvalidConfig(f"num_kv_blocks: one block needs {block_bytes} bytes; {there_is}")
-    if engine.max_model_len is not None and count < num_blocks(length):
+    most = max([count, *(own.num_kv_blocks or 0 for own in engine.workers or ())])
+    if engine.max_model_len is not None and most < num_blocks(length):
         needed = num_blocks(length) * block_bytes
         raise InvalidConfig(
             f"max_model_len={engine.max_model_len} needs {needed} bytes of KV for one sequence; {there_is}"

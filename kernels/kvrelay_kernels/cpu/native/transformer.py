@@ -84,6 +84,9 @@ class Pages:
         if k.dtype not in DTYPES or k.stride(-1) != 1 or v.stride(-1) != 1 or k.shape[2] != 64:
             got = (k.dtype, tuple(k.shape), k.stride())
             raise InvalidArgument("pages", needed="float32 or bfloat16, 64 tokens, dense channels", got=got)
+        if len(stats) not in (0, len(layers)):
+            needed = f"those of all {len(layers)} layers, or none"
+            raise InvalidArgument("stats", needed=needed, got=len(stats))
         self.tensors, self.first = list(layers), (k, v)
         pointers = ctypes.c_void_p * len(layers)
         self.k = pointers(*(k.data_ptr() for k, _ in layers))
