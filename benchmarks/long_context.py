@@ -10,6 +10,7 @@ tokens takes a CPU hours, so its chunks are timed where they stand, on that same
 and summed up, interpolated between those positions: a dense chunk's cost is linear in its position. The gate
 runs dense prefills too, up to `--whole` tokens, and holds sums of chunks to whole prefills.
 
+Decode is timed layer by layer; an engine takes one call for a batch that attends alike (`native_steps.py`).
 Positions beyond a model's own are scaled (YaRN). Quality is not looked at here. `--shape` takes random
 weights and tokens; `--layers` times that many, and counts them as often as the model has them.
 """

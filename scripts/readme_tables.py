@@ -173,9 +173,10 @@ def long_context(record: dict[str, Any]) -> str:
             "prefill dense (s)",
             "sparse (s)",
             "dense / sparse",
+            "keys a query, sparse",
             "attention's share, dense",
             "sparse",
-            "decode dense (tokens/s)",
+            "decode layer by layer, dense (tokens/s)",
             "sparse (tokens/s)",
         ]
     ]
@@ -186,6 +187,7 @@ def long_context(record: dict[str, Any]) -> str:
                 f"{row['num_tokens'] // 1024}K",
                 *(f"{row[name]:.0f}" for name in ("dense_s", "sparse_s")),
                 f"{row['speedup']:.2f}",
+                f"{row['sparse_tokens_per_query']:.0f}",
                 *(f"{row[f'attention_share_{kind}']:.0%}" for kind in ("dense", "sparse")),
                 *(f"{step[f'{kind}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")),
             ]
