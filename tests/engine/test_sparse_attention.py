@@ -18,12 +18,14 @@ import torch
 from kvrelay.attention import PagedAttention, Span, call, crossover
 from kvrelay.attention.call import selection_config
 from kvrelay.attention.crossover import FILE, NEVER, Place, measured
+from kvrelay.attention.watch import Watch
+from kvrelay.cache.arrivals import Arrivals
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig
 from kvrelay.errors import InvalidConfig
 from kvrelay.sparse import AttentionUse, SparseAttention
-from kvrelay.types import BLOCK_SIZE, KVLayout, num_blocks
+from kvrelay.types import BLOCK_SIZE, KVLayout, TicketId, num_blocks
 from kvrelay_kernels import KVBlockStats
 
 HEAD_DIM, KV_HEADS, Q_HEADS, NUM_BLOCKS = 8, 2, 4, 24
@@ -122,6 +124,23 @@ def test_dense_layers_and_dense_positions_read_everything() -> None:
     first = Sequence_(below).attend(PROMPT)
     torch.testing.assert_close(first[:768], dense(0, 768), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(first[768:], dense(768, PROMPT), atol=1e-3)
+
+
+def test_a_dense_layer_lacks_every_tile_that_has_not_come() -> None:
+    """Whatever was told: the token of a step that reads less than all would be wrong."""
+    sparse, store = msgspec.structs.replace(SMALL, dense_layers=(0,)), empty_store()
+    parts, blocks = store.layout.num_parts, range(num_blocks(TOTAL))
+    arrivals = Arrivals(TicketId("t"), 1, range(len(blocks) * parts))
+    span = Span(TOTAL - 1, 1, blocks, sparse, is_watched=True, arrivals=arrivals)
+    q, lacking = torch.zeros(1, Q_HEADS, HEAD_DIM), {3 * parts, 9 * parts + 1}
+    assert arrivals.take({0: set(range(len(blocks) * parts)) - lacking})
+    watch = Watch(store, span, 0)
+    assert watch(0, q)
+    assert watch.tiles == {0: lacking}
+    assert arrivals.take({0: lacking})
+    watch = Watch(store, span, 0)
+    assert not watch(0, q)
+    assert watch.tiles == {}
 
 
 def test_the_decode_budget_is_its_own() -> None:

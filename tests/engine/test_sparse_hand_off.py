@@ -5,6 +5,7 @@ The link is slow on purpose (a prompt's KV takes about half a second): decode ru
 
 import os
 import signal
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,21 +14,25 @@ import msgspec
 import pytest
 import torch
 
-from kvrelay import LLM, EngineConfig, RequestsFailed, SamplingParams, SparseAttention
+from kvrelay import LLM, EngineConfig, RequestOutput, RequestsFailed, SamplingParams, SparseAttention
 from kvrelay.attention.crossover import Place
 from kvrelay.config import WorkerConfig
 from kvrelay.errors import InvalidConfig, LayoutMismatch, TransferFailed, UnknownName
-from kvrelay.types import KVLayout, WorkerId
+from kvrelay.transport.base import Write
+from kvrelay.transport.writer import PageWriter
+from kvrelay.types import KVLayout, WorkerId, num_blocks
 from kvrelay.worker import loading
 from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 
 LENGTHS = (840, 513, 300, 700, 65, 257)
 MAX_TOKENS = 40
-SPARSE = SparseAttention(budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+SPARSE = SparseAttention(
+    budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, top_p=None, exact=False
+)
 SLOW = "inproc:gbit_per_s=0.02"
 WAYS: dict[str, dict[str, Any]] = {
     "1P1D": {},
-    "fast": {"transport": "inproc"},
+    "hidden-by-prefill": {"transport": "inproc"},
     "2P2D": {"prefill_workers": 2, "decode_workers": 2},
     "chunks-of-256": {"prefill_chunk_tokens": 256},
     "whole-prompts": {"prefill_chunk_tokens": None},
@@ -62,9 +67,76 @@ def test_tokens_are_those_of_a_full_hand_off(
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == expected
     assert set(leaked.values()) == {0}
-    if way != "fast":
+    if way != "hidden-by-prefill":
         first = sum(output.hand_off.bytes_before_first_token for output in outputs)
         assert 0 < first < 0.9 * sum(output.hand_off.num_bytes for output in outputs)
+
+
+class Resting(OrderedDict[int, Write]):
+    """A queue that seems empty: a write leaves it only by being withdrawn, and posted again as urgent."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("attention", [SPARSE, msgspec.structs.replace(SPARSE, exact=True, top_p=0.97)])
+def test_decode_starts_with_what_is_urgent_and_runs_on_what_it_asks_for(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, attention: SparseAttention
+) -> None:
+    """On a link without a pace; nothing else ever leaves."""
+    with tiny_llm(tiny_directory, mode="colocated", attention=attention) as llm:
+        expected = [o.token_ids for o in llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))]
+    build = PageWriter.__init__
+
+    def build_resting(page_writer: PageWriter, *arguments: Any) -> None:
+        build(page_writer, *arguments)
+        page_writer._queue = Resting()
+
+    monkeypatch.setattr(PageWriter, "__init__", build_resting)
+    monkeypatch.setattr(PageWriter, "_is_small", lambda *_: False)
+    with sparse_llm(tiny_directory, transport="inproc", attention=attention) as llm:
+        outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+        assert_all_blocks_home(llm)
+    assert [output.token_ids for output in outputs] == expected
+    whole = sum(num_blocks(length - 1) for length in LENGTHS) * 4 * 2 * 2 * 64 * 16 * 4
+    first, last = (
+        sum(getattr(output.hand_off, field) for output in outputs)
+        for field in ("bytes_before_first_token", "num_bytes")
+    )
+    assert 0 < first < last < whole
+    assert any(output.hand_off.num_stalls for output in outputs)
+
+
+@pytest.mark.parametrize("tier", ["host", "file"])
+def test_what_the_tiers_kept_is_not_handed_off_and_the_rest_is_in_parts(
+    tiny_directory: Path, tmp_path: Path, tier: str
+) -> None:
+    """Two conversations in turn, on pools that hold one."""
+
+    def talk(llm: LLM) -> list[RequestOutput]:
+        texts, outputs = prompts(600, 601), list[RequestOutput]()
+        for _ in range(2):
+            for text in texts:
+                outputs += llm.generate([text], greedy(20))
+                text += outputs[-1].token_ids + [9] * 10
+        return outputs
+
+    sizes: dict[str, dict[str, Any]] = {
+        "host": {"kv_host_bytes": 1 << 24},
+        "file": {"kv_file_bytes": 1 << 24, "kv_file_directory": str(tmp_path)},
+    }
+    with tiny_llm(tiny_directory, mode="colocated", attention=SPARSE, prefix_cache=False) as llm:
+        expected = [output.token_ids for output in talk(llm)]
+    with sparse_llm(tiny_directory, num_kv_blocks=11, **sizes[tier]) as llm:
+        outputs = talk(llm)
+        assert_all_blocks_home(llm)
+        found = [worker.counters.get(f"tier_hits_{tier}", 0) for worker in llm.report().workers]
+    assert [output.token_ids for output in outputs] == expected
+    assert all(found), "both workers' tiers were of use"
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 512, 512]
+    for before, after in zip(outputs[:2], outputs[2:], strict=True):
+        assert before.hand_off.bytes_before_first_token < 0.9 * before.hand_off.num_bytes
+        assert 0 < after.hand_off.num_bytes < 0.5 * before.hand_off.num_bytes
 
 
 def test_a_fetched_token_waits_for_what_it_reads(tiny_directory: Path, expected: list[list[int]]) -> None:
@@ -110,6 +182,7 @@ FAULTS = {
     "late": "delay=0.5,delay_s=0.05",
     "failing writes": "fail=0.1,limit=3",
     "hanging writes": "hang=0.1,limit=3",
+    "the first write hangs": "hang=1,limit=1",
     "truncated": "truncate=0.1,limit=4",
     "bit flips": "bitflip=0.1,limit=4",
     "everything": "drop=0.1,duplicate=0.2,reorder=0.2,delay=0.1,fail=0.01,hang=0.01,truncate=0.01,"

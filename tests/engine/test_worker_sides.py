@@ -829,7 +829,10 @@ def test_one_long_prefill_step_does_not_silence_what_decodes_beside_it(early: Be
     assert [message.ticket_id for message in early.said(Wanted)] == [ticket.ticket_id] * LAYOUT.num_layers
 
 
-def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(early: Bench) -> None:
+def test_a_writer_gives_up_when_decode_is_silent_for_a_lease(
+    early: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "TILES_PER_WRITE", 4)  # so that there is enough to write
     ticket = early.post(spec("a", 400))
     early.compute_all()
     while not early.transport.told(Arrived):
@@ -875,7 +878,7 @@ def test_statistics_of_a_cached_prompt_leave_before_any_layer(
 ) -> None:
     """A link takes the first write at once: were it a whole layer, nothing could overtake it."""
     request, posted, write = spec("a", 400), list[Write](), early.transport.write
-    job = PrefillJob(request, remote_ticket(request), False, early.pool.allocate(7), starts_early=True)
+    job = PrefillJob(request, remote_ticket(request), False, early.pool.allocate(7), early=SPARSE)
     job.num_cached = job.num_computed = 256
     monkeypatch.setattr(early.transport, "write", lambda each: (posted.append(each), write(each)))
     early.prefill._begin(job)

@@ -7,7 +7,7 @@ import torch
 
 from kvrelay.attention.call import heads_apart, repeated, selection_config
 from kvrelay.attention.spans import Span
-from kvrelay.cache.arrivals import Tiles
+from kvrelay.cache.arrivals import Arrivals, Tiles
 from kvrelay.cache.store import KVStore
 from kvrelay.types import num_blocks
 from kvrelay_kernels import BlockSelection, PagedKV, select_blocks
@@ -28,21 +28,24 @@ class Watch:
         self.tiles: Tiles = {}
 
     def __call__(self, layer: int, q: torch.Tensor) -> bool:
-        """Note what `q [1, num_q_heads, head_dim]` reads; whether some of it has not come yet."""
-        if layer in self._sparse.dense_layers:
-            return False
-        tiles = self._read(layer, q)
-        if self._span.arrivals is not None:
-            tiles = self._span.arrivals.missing(layer, tiles)
-            keys = {tile for tile in tiles if self._part(tile) < self._store.layout.num_kv_heads}
-            values = {tile + self._store.layout.num_kv_heads for tile in keys}  # likely to be wanted next
-            tiles |= self._span.arrivals.missing(layer, values)
+        """Note what `q [1, num_q_heads, head_dim]` reads; whether some of it has not come yet.
+
+        A dense layer reads all: nothing to note, unless it has not come.
+        """
+        is_dense, arrivals = layer in self._sparse.dense_layers, self._span.arrivals
+        if arrivals is None:
+            tiles = set() if is_dense else self._read(layer, q)
+        else:
+            tiles = arrivals.rest_of(layer) if is_dense else self._lacking(layer, q, arrivals)
         if tiles:
             self.tiles[layer] = tiles
-        return bool(tiles) and self._span.arrivals is not None
+        return bool(tiles) and arrivals is not None
 
-    def _part(self, tile: int) -> int:
-        return tile % self._store.layout.num_parts
+    def _lacking(self, layer: int, q: torch.Tensor, arrivals: Arrivals) -> set[int]:
+        heads, num_parts = self._store.layout.num_kv_heads, self._store.layout.num_parts
+        tiles = arrivals.missing(layer, self._read(layer, q))
+        values = {tile + heads for tile in tiles if tile % num_parts < heads}  # likely to be wanted next
+        return tiles | arrivals.missing(layer, values)
 
     def _read(self, layer: int, q: torch.Tensor) -> set[int]:
         """Keys of all blocks that are ranked by them, values of those that are selected."""

@@ -6,6 +6,7 @@ in `KVMemory`. Knows no tensors, no sockets.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import compress, count
 
 from kvrelay.types import TicketId
 
@@ -22,10 +23,12 @@ class Lacking:
 class Arrivals:
     """The tiles of one ticket that are on their way, and those of them that the next step waits for."""
 
-    def __init__(self, ticket_id: TicketId, num_layers: int, tiles: Iterable[int]) -> None:
-        whole = frozenset(tiles)
+    def __init__(self, ticket_id: TicketId, num_layers: int, tiles: Collection[int]) -> None:
+        whole = bytearray(max(tiles, default=-1) + 1)
+        for tile in tiles:
+            whole[tile] = True
         self.ticket_id = ticket_id
-        self._missing = [set(whole) for _ in range(num_layers)]
+        self._missing = [bytearray(whole) for _ in range(num_layers)]  # of each tile, whether it is
         self.lacking: Tiles = {}
         self.stalled_s: float | None = None  # since when it waits
 
@@ -36,23 +39,28 @@ class Arrivals:
 
     def take(self, arrived: Mapping[int, Collection[int]]) -> bool:
         """These are here now. False, changing nothing, when some of them were not missing."""
-        missing = dict(enumerate(self._missing))
-        if not arrived.keys() <= missing.keys():
+        if not arrived.keys() <= set(range(len(self._missing))):
             return False
-        if not all(missing[layer].issuperset(tiles) for layer, tiles in arrived.items()):
+        if not all(self.missing(layer, tiles).issuperset(tiles) for layer, tiles in arrived.items()):
             return False
         for layer, tiles in arrived.items():
-            missing[layer].difference_update(tiles)
+            for tile in tiles:
+                self._missing[layer][tile] = False
             if layer in self.lacking:
                 self.lacking[layer] -= set(tiles)
                 if not self.lacking[layer]:
                     del self.lacking[layer]
         return True
 
-    def missing(self, layer: int, tiles: Collection[int]) -> set[int]:
+    def missing(self, layer: int, tiles: Iterable[int]) -> set[int]:
         """Those of the tiles that are not here yet."""
-        return self._missing[layer].intersection(tiles)
+        missing = self._missing[layer]
+        return {tile for tile in tiles if 0 <= tile < len(missing) and missing[tile]}
+
+    def rest_of(self, layer: int) -> set[int]:
+        """All tiles of the layer that are not here yet."""
+        return set(compress(count(), self._missing[layer]))
 
     def rest(self) -> Tiles:
         """All that is not here yet."""
-        return {layer: set(tiles) for layer, tiles in enumerate(self._missing) if tiles}
+        return {layer: tiles for layer in range(len(self._missing)) if (tiles := self.rest_of(layer))}

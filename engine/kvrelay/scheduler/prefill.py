@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvrelay.cache.arrivals import Tiles
 from kvrelay.cache.pool import BlockPool
 from kvrelay.cache.prefix import NO_PREFIXES, Prefixes
+from kvrelay.sparse import SparseAttention
 from kvrelay.types import BLOCK_SIZE, RequestSpec, TicketId, TransferTicket, num_blocks
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PrefillJob:
     last_write_s: float = 0.0  # when a write was last posted or completed
     completed_s: float = 0.0  # when a write last completed
     unreported_s: float = 0.0  # no outstanding write began before this
-    starts_early: bool = False  # decode, before everything has come
+    early: SparseAttention | None = None  # how decode reads, where it starts before everything has come
     foreseen: Tiles = field(default_factory=dict)  # what decode's first step reads
     untold: list[Posted] = field(default_factory=list)  # complete, and decode does not know
     num_untold_bytes: int = 0
@@ -91,7 +92,7 @@ class Chunk:
     @property
     def foresees(self) -> bool:
         """Whether these are the last tokens before decode starts with a part of the KV."""
-        return self.job.starts_early and self.start + self.length >= self.job.num_tokens
+        return self.job.early is not None and self.start + self.length >= self.job.num_tokens
 
     @property
     def has_room_ahead(self) -> bool:

@@ -5,7 +5,7 @@ It can be held to the pace of a slower link: then a write's bytes arrive as late
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +45,8 @@ class PageWriter:
         self.source: KVMemory | None = None
         self.wakeup = Wakeup()
         self.counters: Counter[str] = Counter()
-        self._urgent: deque[Write] = deque()
-        self._queue: deque[Write] = deque()
+        self._urgent = OrderedDict[int, Write]()  # by identity: one is withdrawn without a search
+        self._queue = OrderedDict[int, Write]()
         self._events: deque[TransportEvent] = deque()
         self._changed = threading.Condition()
         self._on_link: Write | None = None
@@ -87,7 +87,7 @@ class PageWriter:
             raise TransportError(f"{lengths}, parts {write.parts}")
         with self._changed:
             if self._urgent or self._queue or self._active is not None or not self._is_small(write):
-                (self._urgent if write.is_urgent else self._queue).append(write)
+                (self._urgent if write.is_urgent else self._queue)[id(write)] = write
                 self._changed.notify_all()
                 return
         self.report(self._copy(write, time.monotonic()))  # only the poster fills and cancels: alone
@@ -102,18 +102,14 @@ class PageWriter:
     def withdraw(self, write: Write) -> bool:
         """Take a write out of the queue; False when it is not there (any more)."""
         with self._changed:
-            for queue in (self._urgent, self._queue):
-                for index, queued in enumerate(queue):
-                    if queued is write:
-                        del queue[index]
-                        return True
-        return False
+            return any(queue.pop(id(write), None) is not None for queue in (self._urgent, self._queue))
 
     def cancel(self, ticket_id: TicketId) -> None:
         """Forget the ticket's queued writes and outcomes; wait for the one in progress."""
         with self._changed:
-            self._urgent = deque(write for write in self._urgent if write.ticket_id != ticket_id)
-            self._queue = deque(write for write in self._queue if write.ticket_id != ticket_id)
+            for queue in (self._urgent, self._queue):
+                for write in [write for write in queue.values() if write.ticket_id == ticket_id]:
+                    del queue[id(write)]
             if self._on_link is not None and self._on_link.ticket_id == ticket_id:
                 self._on_link = None
                 self._changed.notify_all()
@@ -175,7 +171,7 @@ class PageWriter:
                 self._changed.wait_for(lambda: self._closed or bool(self._urgent or self._queue))
                 if self._closed:
                     return None
-                write = (self._urgent or self._queue).popleft()
+                write = (self._urgent or self._queue).popitem(last=False)[1]
                 start_s = time.monotonic()
                 if self._bytes_per_s is None or self._has_passed(write, start_s):
                     self._active = write.ticket_id

@@ -46,7 +46,8 @@ class PrefillSide:
             job = PrefillJob(message.request, ticket, is_local=False)
             if self._parts.config.engine.kv_handoff == "sparse":
                 sparse = self._parts.runner.sparse_of(message.request)
-                job.starts_early = starts_early(sparse, job.num_tokens) and self._relay.can_tell(job)
+                if starts_early(sparse, job.num_tokens) and self._relay.can_tell(job):
+                    job.early = sparse
             self._scheduler.add(job)
             return
         blocks = self._decode.tickets.blocks(ticket.ticket_id)
@@ -190,24 +191,21 @@ class PrefillSide:
             self._parts.count_cached(job.num_tokens, job.num_cached)
         self._parts.mark(job.request, "prefill_started", now_s, num_cached_tokens=job.num_cached)
         cached = range(job.num_cached // BLOCK_SIZE)
-        sparse = self._parts.runner.sparse_of(job.request) if job.starts_early else None
-        if sparse is not None:
-            self._relay.send_statistics(job, sparse, cached)
+        if job.early is not None:
+            self._relay.send_statistics(job, cached)
         for layer in range(self._parts.store.layout.num_layers):
             self._relay.send(job, layer, cached)
-        if sparse is not None:
-            self._relay.hurry_forced(job, sparse, cached)
+        if job.early is not None:
+            self._relay.hurry_forced(job, job.early, cached)
         if job.is_computed:
             self._end(job, now_s)
 
     def _end(self, job: PrefillJob, at_s: float) -> None:
         self._parts.mark(job.request, "prefill_finished", at_s)
-        if job.starts_early and job.outstanding:
-            sparse = self._parts.runner.sparse_of(job.request)
-            assert sparse is not None, "it starts early because it selects"
+        if job.early is not None and job.outstanding:
             computed = range(job.num_cached // BLOCK_SIZE, num_blocks(job.num_tokens))
-            self._relay.send_statistics(job, sparse, computed)
-            self._relay.hurry_forced(job, sparse, computed)
+            self._relay.send_statistics(job, computed)
+            self._relay.hurry_forced(job, job.early, computed)
             self._relay.hurry(job, job.foreseen)
         self._tell(job)
 

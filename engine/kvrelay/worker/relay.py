@@ -7,7 +7,6 @@ reads overtake the rest, so do the tiles that the prompt's last queries read, an
 import time
 from collections.abc import Collection, Mapping
 
-from kvrelay.codec import MAX_MESSAGE_BYTES
 from kvrelay.scheduler.prefill import Posted, PrefillJob
 from kvrelay.sparse import SparseAttention
 from kvrelay.transport.base import Write, WriteDone
@@ -15,8 +14,8 @@ from kvrelay.types import BLOCK_SIZE, num_blocks
 from kvrelay.wire import Arrived
 from kvrelay.worker.parts import WorkerParts
 
-TILES_PER_WRITE = 128  # of what is not urgent: an urgent write waits for one of these at most
-MAX_TOLD_TILES = MAX_MESSAGE_BYTES // 6  # a tile's number takes five bytes of a message at most
+TILES_PER_WRITE = 128  # an urgent write waits for one of those that are not at most
+MAX_TOLD_TILES = 1 << 21  # a message names them; those that wait take up to 64 bytes each, 134 MB
 
 
 class Relay:
@@ -27,7 +26,7 @@ class Relay:
         self._layers = range(parts.store.layout.num_layers)
 
     def can_tell(self, job: PrefillJob) -> bool:
-        """Whether one message can name all of the job's tiles."""
+        """Whether the job's tiles are few enough to be followed one by one."""
         num_tiles = num_blocks(job.num_tokens) * self._layout.num_parts * self._layout.num_layers
         return num_tiles <= MAX_TOLD_TILES
 
@@ -37,7 +36,7 @@ class Relay:
         if not job.is_local and pages:
             self._post(job, layer, pages)
 
-    def send_statistics(self, job: PrefillJob, sparse: SparseAttention, pages: range) -> None:
+    def send_statistics(self, job: PrefillJob, pages: range) -> None:
         """These pages are computed: post their statistics, which every step reads, before anything else.
 
         While they are on the link, tiles that decode surely reads can still overtake the rest.
@@ -47,7 +46,7 @@ class Relay:
             return
         parts = [self._layout.statistics] * len(complete)
         for layer in self._layers:
-            self._post(job, layer, complete, parts, is_urgent=layer not in sparse.dense_layers)
+            self._post(job, layer, complete, parts, is_urgent=True)
 
     def hurry_forced(self, job: PrefillJob, sparse: SparseAttention, pages: range) -> None:
         """Let what a decode step surely reads of these pages overtake the rest.
@@ -63,25 +62,25 @@ class Relay:
 
     def hurry(self, job: PrefillJob, wanted: Mapping[int, Collection[int]]) -> None:
         """Let tiles that still wait to leave overtake the rest; others are here, or on their way."""
-        for posted in list(job.outstanding.values()):
-            layer = posted.write.layer
-            if posted.write.is_urgent or layer not in wanted:
-                continue
-            tiles = self._tiles(posted)
-            first = tiles.intersection(wanted[layer])
-            if not first or not self._parts.transport.withdraw(posted.write):
-                continue
-            del job.outstanding[id(posted.write)]
-            self._post_tiles(job, layer, sorted(first), is_urgent=True)
-            rest = sorted(tiles - first)
-            for start in range(0, len(rest), TILES_PER_WRITE):
-                self._post_tiles(job, layer, rest[start : start + TILES_PER_WRITE])
+        waiting: dict[int, list[Posted]] = {layer: [] for layer, tiles in wanted.items() if tiles}
+        for posted in job.outstanding.values():
+            if not posted.write.is_urgent and posted.write.layer in waiting:
+                waiting[posted.write.layer].append(posted)
+        for layer, writes in waiting.items():
+            first, withdrawn = set(wanted[layer]), set[int]()
+            for posted in writes:
+                tiles = self._tiles(posted)
+                if not first.isdisjoint(tiles) and self._parts.transport.withdraw(posted.write):
+                    del job.outstanding[id(posted.write)]
+                    withdrawn |= tiles
+            self._post_tiles(job, layer, withdrawn & first, is_urgent=True)
+            self._post_tiles(job, layer, withdrawn - first)
 
     def count(self, job: PrefillJob, event: WriteDone) -> int:
         """A write is complete; the tokens whose last layer has left with it."""
         posted, num_tiles = job.outstanding.pop(id(event.write)), self._layout.statistics
         job.completed_s = job.last_write_s = job.unreported_s = event.end_s
-        if job.starts_early:
+        if job.early is not None:
             job.untold.append(posted)
             job.num_untold_bytes += event.num_bytes
         if event.write.parts is not None and event.write.parts[0] == self._layout.statistics:
@@ -95,11 +94,14 @@ class Relay:
 
     def tell(self, job: PrefillJob) -> Arrived | None:
         """What decode is told now of a job in parts: that it may start, or what has come since."""
-        if not job.starts_early or not job.is_computed or not job.untold:
+        if job.early is None or not job.is_computed or not job.untold:
             return None
         may_start = job.holds_until_s is None
-        if may_start and any(posted.write.is_urgent for posted in job.outstanding.values()):
-            return None
+        last = num_blocks(job.num_tokens) - 1  # page that decode writes to
+        for posted in job.outstanding.values() if may_start else ():
+            is_needed = posted.write.layer in job.early.dense_layers or last in posted.pages
+            if posted.write.is_urgent or is_needed:  # it may have begun before it could be made urgent
+                return None
         if may_start:
             job.holds_until_s = time.monotonic() + self._parts.config.engine.lease_s
         tiles: dict[int, set[int]] = {}
@@ -133,10 +135,12 @@ class Relay:
         num_parts = self._layout.num_parts
         return {page * num_parts + part for page, part in zip(posted.pages, parts, strict=True)}
 
-    def _post_tiles(self, job: PrefillJob, layer: int, tiles: list[int], *, is_urgent: bool = False) -> None:
-        num_parts = self._layout.num_parts
-        pages, parts = [tile // num_parts for tile in tiles], [tile % num_parts for tile in tiles]
-        self._post(job, layer, pages, parts, is_urgent=is_urgent)
+    def _post_tiles(self, job: PrefillJob, layer: int, tiles: set[int], *, is_urgent: bool = False) -> None:
+        num_parts, in_order = self._layout.num_parts, sorted(tiles)
+        for start in range(0, len(tiles), TILES_PER_WRITE):
+            some = in_order[start : start + TILES_PER_WRITE]
+            pages, parts = [tile // num_parts for tile in some], [tile % num_parts for tile in some]
+            self._post(job, layer, pages, parts, is_urgent=is_urgent)
 
     def _post(
         self,
@@ -150,12 +154,13 @@ class Relay:
         job.last_write_s = time.monotonic()
         if not job.outstanding:
             job.unreported_s = job.last_write_s
+        first_page = job.first_page
         write = Write(
             ticket_id=job.ticket.ticket_id,
             peer=job.ticket.decode_worker,
             layer=layer,
             source_blocks=[job.block_ids[page] for page in pages],
-            target_blocks=[job.ticket.block_ids[page - job.first_page] for page in pages],
+            target_blocks=[job.ticket.block_ids[page - first_page] for page in pages],
             ready=self._parts.runner.copy_fence(),
             parts=parts,
             is_urgent=is_urgent,
