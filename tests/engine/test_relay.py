@@ -226,26 +226,30 @@ def test_decode_may_start_with_what_it_surely_reads_and_what_was_foreseen() -> N
     assert not any(write.is_urgent for write in link.queue)
 
 
-def test_decode_does_not_start_while_a_tile_of_a_dense_layer_is_on_the_link() -> None:
-    """Its write had begun when the prompt was computed, so that it could not be made urgent any more."""
+@pytest.mark.parametrize(("dense_layers", "on_link"), [((2,), 3), ((), 4)])
+def test_decode_does_not_start_while_what_it_reads_at_once_is_on_the_link(
+    dense_layers: tuple[int, ...], on_link: int
+) -> None:
+    """A page of a dense layer, or the last one: its write had begun when others could become urgent."""
     link = Link()
-    relay, job = relay_over(link), job_of(256 + 20, 4)
-    job.early = sparse = replace(SPARSE, dense_layers=(2,))
-    for layer in range(LAYOUT.num_layers):
-        relay.send(job, layer, range(4, 5))
-        link.begin()
-        if layer < 2:
-            relay.count(job, done(link))
+    relay, job = relay_over(link), job_of(256 + 20, 3)
+    job.early = sparse = replace(SPARSE, dense_layers=dense_layers)
     job.num_computed = 276
-    relay.send_statistics(job, range(4, 5))
-    relay.hurry_forced(job, sparse, range(4, 5))
+    relay.send_statistics(job, range(3, 5))
+    for page in (7 - on_link, on_link):
+        for layer in range(LAYOUT.num_layers):
+            relay.send(job, layer, range(page, page + 1))
+    while len(job.outstanding) > 1:
+        relay.count(job, done(link))
+    link.begin()
+    relay.hurry_forced(job, sparse, range(3, 5))
     assert relay.tell(job) is None
     assert not any(posted.write.is_urgent for posted in job.outstanding.values())
     relay.count(job, done(link))
     message = relay.tell(job)
     assert message is not None
     assert message.may_start
-    assert set(message.tiles[2]) == {4 * PARTS + part for part in range(PARTS - 1)}
+    assert {on_link * PARTS + part for part in range(PARTS - 1)} <= set(message.tiles[2])
 
 
 def test_what_is_hurried_and_what_is_left_are_few_writes() -> None:
