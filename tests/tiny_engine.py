@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def assert_all_blocks_home(llm: LLM, timeout_s: float = 10.0) -> None:
             (w.worker_id, w.num_free_blocks, w.num_blocks) for w in workers
         ]
         time.sleep(0.05)
+
+
+def eventually(check: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    """Whether a check comes true in time: a worker's report of its last step may come after an answer."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (is_true := check()) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return is_true
 
 
 def leftovers() -> set[str]:

@@ -264,7 +264,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("top_k", 2**64),
     ("min_p", -0.1),
     ("min_p", 1.1),
-    ("seed", -1),
+    ("seed", -(2**63) - 1),
     ("seed", 2**63),
     ("seed", "s"),
     ("stop", [""]),

@@ -25,7 +25,7 @@ class Measurement:
         powers = config.powers()
         self._power_model = None if powers is None else parse_power_model(powers)
         self._reader: EnergyReader | None = None
-        self._sampled_s = self._watts_s = 0.0
+        self._sampled_s = self._watts_s = self._opened_s = 0.0
 
     def open(self, hellos: Sequence[Hello]) -> None:
         """The workers are known: start the energy reader. Raises what `open_meter` raises."""
@@ -44,11 +44,14 @@ class Measurement:
         if meter.source is None and self._config.policy == "energy_aware":
             meter.close()
             raise InvalidConfig(f"policy='energy_aware' needs joules, and there is no meter: {meter.why}")
-        self._reader = EnergyReader(meter).start()
+        self._reader, self._opened_s = EnergyReader(meter).start(), time.monotonic()
 
     def on_step(self, step: StepReport) -> None:
-        """A worker did something; energy is shared by tokens, that of a transfer by bytes."""
-        if self._reader is not None:
+        """A worker did something; energy is shared by tokens, that of a transfer by bytes.
+
+        What began before the books were opened, and is only now reported, is not counted.
+        """
+        if self._reader is not None and step.start_s >= self._opened_s:
             activity = Activity(
                 worker_id=step.worker_id,
                 phase=step.phase,
