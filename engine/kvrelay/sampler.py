@@ -18,13 +18,8 @@ from kvrelay_kernels.cpu.sum_of_weights import RELATIVE_ERROR, sum_of_weights
 
 _MASK = (1 << 64) - 1
 TINY = 1e-300  # stands for a temperature of 0 where what comes of it is not used
-REACHES = (
-    7.0,
-    10.0,
-    13.0,
-    16.0,
-    math.inf,
-)  # in temperatures below the largest logit: e^-7 of its weight, all
+REACHES = (7.0, 10.0, 13.0, 16.0, math.inf)
+"""In temperatures below the largest logit: e^-7 of its weight, and so on, then all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +194,8 @@ def _likeliest(
     With their weights, float64; and whether these are all that top-k leaves, weights of 0 apart.
     """
     tokens = np.flatnonzero(below >= -reach * params.temperature)
-    keys = (
-        np.abs(below[tokens]).view(np.uint32).astype(np.int64) << 32 | tokens
-    )  # bits order as floats >= 0 do
+    bits = np.abs(below[tokens]).view(np.uint32).astype(np.int64)  # in the order of the floats
+    keys = bits << 32 | tokens
     keys.sort()  # many times as fast as a stable sort of floats, and equals stay in order
     tokens = keys & 0xFFFFFFFF
     is_all = len(tokens) == len(below)
