@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvrelay.attention.call import lists_per_group, selection_config
+from kvrelay.attention.call import lists_per_group, pairs_read, selection_config
 from kvrelay.cache.store import KVStore
 from kvrelay.models.native import NativeDecoder
 from kvrelay.scheduler.decode import DecodeSequence
@@ -63,10 +63,9 @@ class NativeSteps:
         if selecting is None:
             return AttentionUse(rows, rows * length, rows * length)
         dense_rows = len(selecting.dense_layers) * spec.num_kv_heads
-        lists = rows - dense_rows  # each has the row's own block, up to the row itself
-        distant = count // selecting.lists_per_group - lists
         own = (length - 1) % BLOCK_SIZE + 1
-        return AttentionUse(rows, dense_rows * length + distant * BLOCK_SIZE + lists * own, rows * length)
+        selected = pairs_read(count // selecting.lists_per_group, rows - dense_rows, 1, own)
+        return AttentionUse(rows, dense_rows * length + selected, rows * length)
 
 
 def pages_of(store: KVStore) -> Pages:

@@ -60,6 +60,14 @@ def lists_per_group(sparse: SparseAttention, num_q_heads: int, num_kv_heads: int
     return num_q_heads // num_kv_heads if sparse.exact else 1
 
 
+def pairs_read(count: int, num_lists: int, num_rows: int, own: int) -> int:
+    """(query, key) pairs of rows whose lists hold `count` blocks together, the rows' own among each list's.
+
+    In that block the rows read `own` pairs, being causal.
+    """
+    return (count - num_lists) * BLOCK_SIZE * num_rows + num_lists * own
+
+
 def heads_apart(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """The query heads of a group as rows of their own: a list is for the heads of a group in one row.
 
@@ -124,8 +132,7 @@ class Call:
                 own_lists = self._num_sparse_layers * num_kv_heads
                 attended = causal * (num_layers - self._num_sparse_layers)
                 for count, (num_rows, _, own) in zip(counts[slot : slot + len(blocks)], blocks, strict=True):
-                    distant = count // self._lists_per_head - own_lists
-                    attended += distant * BLOCK_SIZE * num_rows + own_lists * own
+                    attended += pairs_read(count // self._lists_per_head, own_lists, num_rows, own)
             slot += len(blocks)
             found.append(AttentionUse(rows * num_layers, attended, causal * num_layers))
         return found
