@@ -10,9 +10,9 @@ tokens takes a CPU hours, so its chunks are timed where they stand, on that same
 and summed up, interpolated between those positions: a dense chunk's cost is linear in its position. The gate
 runs dense prefills too, up to `--whole` tokens, and holds sums of chunks to whole prefills.
 
-Decode is timed layer by layer; an engine takes one call for a batch that attends alike (`native_steps.py`).
-Positions beyond a model's own are scaled (YaRN). Quality is not looked at here. `--shape` takes random
-weights and tokens; `--layers` times that many, and counts them as often as the model has them.
+Decode steps are one C++ call where the model is in C++, as in an engine. Positions beyond a model's own are
+scaled (YaRN). Quality is not looked at here. `--shape` takes random weights and tokens; `--layers` times that
+many, and counts them as often as the model has them.
 """
 
 import argparse
@@ -38,8 +38,11 @@ from kvrelay.models.loading import load_model
 from kvrelay.models.native import NativeDecoder
 from kvrelay.models.spec import ModelSpec
 from kvrelay.models.tokenizer import Tokenizer
+from kvrelay.native_steps import NativeSteps
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.scheduler.decode import DecodeSequence
 from kvrelay.sparse import AttentionUse, SparseAttention
-from kvrelay.types import KVLayout, num_blocks
+from kvrelay.types import KVLayout, RequestId, RequestSpec, num_blocks
 from record import write_record
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -94,13 +97,42 @@ class Bench:
                 found.append(Prefill(num_tokens=end, seconds=spent, use=use))
         return found
 
-    def step(self, end: int, num_rows: int, sparse: SparseAttention, repeats: int) -> tuple[Seconds, Seconds]:
-        """The last `num_rows` of `end` tokens: medians, dense and sparse in turn; the first warm up."""
+    def step(self, end: int, sparse: SparseAttention, repeats: int) -> tuple[Seconds, Seconds]:
+        """The last chunk of `end` tokens: medians, dense and sparse in turn; the first warm up."""
         pairs, begun_s = [], time.perf_counter()
         while not pairs or (len(pairs) <= repeats and time.perf_counter() - begun_s < ENOUGH_S):
-            pairs.append([self._forward(end - num_rows, end, chosen)[0] for chosen in (None, sparse)])
+            pairs.append([self._forward(end - self.chunk, end, chosen)[0] for chosen in (None, sparse)])
         dense, own = zip(*(pairs[1:] or pairs), strict=True)
         return _medians(dense), _medians(own)
+
+    def decode(self, end: int, sparse: SparseAttention, repeats: int) -> tuple[float, float]:
+        """Seconds of a step of one sequence of `end` tokens: medians, dense and sparse in turn."""
+        ways = [self._step(end, chosen) for chosen in (None, sparse)]
+        pairs = [[self._seconds(step) for step in ways] for _ in range(repeats + 1)]
+        dense_s, sparse_s = zip(*pairs[1:], strict=True)  # the first warm up
+        return median(dense_s) * self._scale, median(sparse_s) * self._scale
+
+    def _step(self, end: int, sparse: SparseAttention | None) -> Callable[[], object]:
+        if not isinstance(self._model, NativeDecoder):
+            return lambda: self._forward(end - 1, end, sparse)
+        token_ids, steps = self._tokens[:end].tolist(), NativeSteps(self._model, self._store, sparse)
+        request = RequestSpec(
+            request_id=RequestId("long"),
+            attempt=1,
+            arrival=0,
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=end,
+            max_total_tokens=end + 1,
+            params=SamplingParams(),
+            seed=0,
+        )
+        sequence = DecodeSequence(request, list(range(num_blocks(end))), token_ids)
+        return lambda: steps.run([sequence])
+
+    def _seconds(self, step: Callable[[], object]) -> float:
+        begin_s = self._now()
+        step()
+        return self._now() - begin_s
 
     @torch.inference_mode()
     def _forward(self, start: int, end: int, sparse: SparseAttention | None) -> tuple[Seconds, AttentionUse]:
@@ -160,14 +192,13 @@ def prefill_row(sparse: Prefill, dense: dict[int, Seconds], chunk: int) -> dict[
     }
 
 
-def decode_row(num_tokens: int, dense: Seconds, sparse: Seconds) -> dict[str, Any]:
+def decode_row(num_tokens: int, dense_s: float, sparse_s: float) -> dict[str, Any]:
     """Tokens/s at one length, a sequence alone."""
     return {
         "num_tokens": num_tokens,
-        "dense_tokens_per_s": 1 / dense.total_s,
-        "sparse_tokens_per_s": 1 / sparse.total_s,
-        "speedup": dense.total_s / sparse.total_s,
-        "attention_share_dense": dense.attention_s / dense.total_s,
+        "dense_tokens_per_s": 1 / dense_s,
+        "sparse_tokens_per_s": 1 / sparse_s,
+        "speedup": dense_s / sparse_s,
     }
 
 
@@ -198,9 +229,10 @@ def cut(model: Model, num_layers: int | None) -> Model:
     """The model's first layers; all of them for None."""
     if num_layers is None:
         return model
+    spec = replace(model.spec, num_layers=num_layers)
     if isinstance(model, NativeDecoder):
-        return replace(model, spec=replace(model.spec, num_layers=num_layers))
-    return replace(model, layers=model.layers[:num_layers], spec=replace(model.spec, num_layers=num_layers))
+        return replace(model, spec=spec, transformer=model.transformer.first_layers(num_layers))
+    return replace(model, spec=spec, layers=model.layers[:num_layers])
 
 
 def text_tokens(directory: Path, num_tokens: int) -> list[int]:
@@ -226,11 +258,11 @@ def main() -> None:
     print(*whole["dense"], *whole["sparse"], sep="\n", flush=True)
     steps: dict[str, dict[int, Seconds]] = {"dense": {}, "sparse": {}}
     for end in sorted({options.chunk, min(2048, lengths[0]), *lengths}):
-        pair = bench.step(end, options.chunk, sparse, options.repeats)
+        pair = bench.step(end, sparse, options.repeats)
         steps["dense"][end], steps["sparse"][end] = pair
         print(f"a chunk that ends at {end}: {pair}", flush=True)
     prefill = [prefill_row(each, steps["dense"], options.chunk) for each in whole["sparse"]]
-    decode = [decode_row(n, *bench.step(n, 1, sparse, 2 * options.repeats)) for n in lengths]
+    decode = [decode_row(n, *bench.decode(n, sparse, 4 * options.repeats)) for n in lengths]
     for row in (*prefill, *decode):
         print({name: round(value, 3) for name, value in row.items()})
     ratios = {name: chunks_over_whole(whole[name], steps[name], options.chunk) for name in steps}

@@ -176,7 +176,7 @@ def long_context(record: dict[str, Any]) -> str:
             "keys a query, sparse",
             "attention's share, dense",
             "sparse",
-            "decode layer by layer, dense (tokens/s)",
+            "decode, dense (tokens/s)",
             "sparse (tokens/s)",
         ]
     ]

@@ -11,7 +11,7 @@ import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvrelay import LLM, SamplingParams
+from kvrelay import LLM, RequestOutput, SamplingParams
 from kvrelay.types import KVLayout, Role, WorkerId
 from kvrelay.wire import Descriptor, Hello
 
@@ -91,6 +91,15 @@ def prompts(*lengths: int) -> list[list[int]]:
 def greedy(max_tokens: int = 32, **fields: Any) -> SamplingParams:
     """Greedy parameters that run to `max_tokens`."""
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **fields)
+
+
+def until_preempted(llm: LLM, batch: list[list[int]], params: SamplingParams) -> list[list[RequestOutput]]:
+    """The outputs of every try until one was preempted: in a pool too small for all it is who is faster."""
+    tries = [llm.generate(batch, params)]
+    while llm.report().num_requests["preempted"] == 0:
+        assert len(tries) < 20, "the pool was meant to be too small for all at once"
+        tries.append(llm.generate(batch, params))
+    return tries
 
 
 def assert_all_blocks_home(llm: LLM, timeout_s: float = 10.0) -> None:

@@ -73,13 +73,13 @@ EXPORT int32_t kvr_update_stats(const PagedKV *kv, const Stats *stats, const int
 }
 
 EXPORT int32_t kvr_select_tree(const PagedKV *kv, const Queries *queries, const Stats *stats,
-                               const TreeConfig *config, const Lists *lists) {
+                               const TreeConfig *config, const Lists *lists, const Outputs *to) {
   if (const Status status = check_batch(*kv, queries)) return status;
   for (int64_t b = 0; b < kv->batch && queries->cu_seqlens_q; ++b) {
     const Sequence s = sequence_of(*kv, queries->cu_seqlens_q, b);
     if (s.q_len > 0 && s.offset() % 64) return kBadLengths;
   }
-  with_dtype(kv->dtype, [&](auto type) { select_tree<decltype(type)>(*kv, *queries, *stats, *config, *lists); });
+  with_dtype(kv->dtype, [&](auto type) { select_tree<decltype(type)>(*kv, *queries, *stats, *config, *lists, to); });
   return kOk;
 }
 

@@ -86,11 +86,10 @@ inline void score_panel(const Rows &rows, int n, const float *panel, int head_di
   }
 }
 
-// out[c][lane] = keep[lane] * out[c][lane] + sum over i < n of values[i][c] * weights[i][lane]. A block's sum is
-// formed by itself first: errors then grow with the root of 64 plus the blocks, not of all keys.
-template <int NV>
-inline void accumulate_panel(const Rows &values, int n, const float *weights, int head_dim, const Vec *keep,
-                             float *out) {
+// out[c][lane] = add(out[c][lane], sum over i < n of values[i][c] * weights[i][lane], vector of lanes). A block's
+// sum is formed by itself first: errors then grow with the root of 64 plus the blocks, not of all keys.
+template <int NV, class Add>
+inline void accumulate_panel(const Rows &values, int n, const float *weights, int head_dim, float *out, Add add) {
   constexpr int R = kTile<NV>, width = NV * kLanes;
   for (int c = 0; c < head_dim; c += R) {
     Vec acc[R][NV] = {};
@@ -104,7 +103,7 @@ inline void accumulate_panel(const Rows &values, int n, const float *weights, in
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) {
         float *to = out + (c + r) * width + v * kLanes;
-        store(to, load<Vec>(to) * keep[v] + acc[r][v]);
+        store(to, add(load<Vec>(to), acc[r][v], v));
       }
   }
 }

@@ -13,6 +13,19 @@ namespace {
 
 constexpr int kTileHeads = 4;
 
+// A lane's sums of 2^(logit - peak) * value, channels `stride` apart, become row `row` of the results.
+template <class T>
+inline void store_lane(const float *sums, int stride, int head_dim, float peak, float sum, int64_t row,
+                       const Outputs &to) {
+  const float inverse = sum > 0 ? 1 / sum : 0;
+  to.lse[row] = sum > 0 ? (peak + std::log2(sum)) * kLn2 : -kInfinity;
+  float line[8];
+  for (int c = 0; c < head_dim; c += 8) {
+    for (int i = 0; i < 8; ++i) line[i] = sums[(c + i) * stride] * inverse;
+    store8(static_cast<T *>(to.out) + row * head_dim + c, load8(line));
+  }
+}
+
 struct PrefillTask {
   int32_t sequence, kv_head, first_head, num_heads;  // heads count within the group
   int64_t start;                                     // first row, counted within the chunk
@@ -61,15 +74,7 @@ class PrefillTile {
 
   void write(const Outputs &to) const {
     for_each_lane(padded_, d_, [&](int lane, int base, int stride) {
-      if (lane >= lanes_) return;
-      const int64_t row = out_row(lane);
-      const float sum = sum_[lane], inverse = sum > 0 ? 1 / sum : 0;
-      to.lse[row] = sum > 0 ? (peak_[lane] + std::log2(sum)) * kLn2 : -kInfinity;
-      float line[8];
-      for (int c = 0; c < d_; c += 8) {
-        for (int i = 0; i < 8; ++i) line[i] = out_[base + (c + i) * stride] * inverse;
-        store8(static_cast<T *>(to.out) + row * d_ + c, load8(line));
-      }
+      if (lane < lanes_) store_lane<T>(out_ + base, stride, d_, peak_[lane], sum_[lane], out_row(lane), to);
     });
   }
 
@@ -103,7 +108,8 @@ class PrefillTile {
     if (position(first) < base + n - 1) mask_panel(first, width, base, n);
     Vec keep[NV];
     softmax_panel<NV>(first, n, keep);
-    accumulate_panel<NV>(values, n, scores_, d_, keep, out);
+    accumulate_panel<NV>(values, n, scores_, d_, out,
+                         [&](Vec before, Vec added, int v) { return before * keep[v] + added; });
   }
 
   void mask_panel(int first, int width, int64_t base, int n) {

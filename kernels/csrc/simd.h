@@ -155,7 +155,7 @@ inline float horizontal_sum(V v) {
 }
 
 // Scratch memory of the calling thread, one growing buffer per use.
-enum ScratchUse { kQueries, kOutput, kScores, kState, kRowsK, kRowsV, kMasses, kBounds, kNumUses };
+enum ScratchUse { kQueries, kOutput, kScores, kState, kRowsK, kRowsV, kMasses, kBounds, kWeights, kNumUses };
 
 inline float *scratch(ScratchUse use, size_t floats) {
   struct Buffer {

@@ -2,62 +2,20 @@
 // boxes with a beam; the pages they end with are scored exactly by a few sampled rows of each query block;
 // each query block keeps its best. Same steps and names as reference/select_blocks_tree.py. Queries lie in
 // lanes (see lanes.h), so a box or a key is read once for all siblings, samples and heads.
+//
+// Where every row of a single head ranks, its logits are those that attention needs: see `attend`.
 #pragma once
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "block_stats.h"
-#include "dot_rows.h"
-#include "lanes.h"
+#include "lane_tile.h"
+#include "prefill.h"
 
 namespace {
 
 using Blocks = std::vector<int64_t>;
-
-// Queries that rows are scored by; fill(lane, line[head_dim]) gives each. Transposed into panels, or one by
-// one as they are if they would not even fill a vector.
-struct LaneTile {
-  int lanes, padded, head_dim;
-  float *data;
-
-  template <class F>
-  LaneTile(int num, int d, float *memory, float *line, F fill)
-      : lanes(num), padded(padded_lanes(num)), head_dim(d), data(memory) {
-    for (int lane = 0; lane < lanes && few(); ++lane) fill(lane, data + size_t(lane) * d);
-    if (few()) return;
-    for_each_lane(padded, d, [&](int lane, int base, int stride) {
-      std::fill(line, line + d, 0.0f);
-      if (lane < lanes) fill(lane, line);
-      for (int c = 0; c < d; ++c) data[base + c * stride] = line[c];
-    });
-  }
-
-  bool few() const { return lanes <= 8; }
-
-  // scores [n, padded] (+)= rows . queries
-  template <bool kAdd>
-  void score(const Rows &rows, float *scores) const {
-    if (few()) return score_few<kAdd>(rows, scores);
-    for_each_panel(padded, [&](auto nv, int first) {
-      score_panel<decltype(nv)::value, kAdd>(rows, rows.n, data + size_t(first) * head_dim, head_dim,
-                                             scores + first, padded);
-    });
-  }
-
-  template <bool kAdd>
-  void score_few(const Rows &rows, float *scores) const {
-    if (!kAdd) std::fill(scores, scores + size_t(rows.n) * padded, 0.0f);
-    for_each_heads(lanes, [&](auto heads, int first) {
-      constexpr int K = 8 / heads;
-      const auto add = [&](int i, const float *products) {
-        for (int j = 0; j < K && i + j < rows.n; ++j)
-          for (int h = 0; h < heads; ++h) scores[(i + j) * padded + first + h] += products[h * K + j];
-      };
-      dot_rows<heads>(data + size_t(first) * head_dim, head_dim, rows.n, [&](int i) { return rows.at[i]; }, add);
-    });
-  }
-};
 
 inline void keep_top(std::vector<std::pair<float, int64_t>> &scored, size_t count) {
   const auto better = [](const auto &a, const auto &b) {
@@ -96,17 +54,31 @@ class TreeGroup {
 
   // Lists of each query block, `budget` apart, and their counts, `num_kv_heads` rows apart.
   void select(int32_t *indices, int32_t *counts, int64_t row_stride) {
-    const Blocks forced = forced_blocks();
-    Blocks blocks = candidates(descend(), forced);
-    std::sort(blocks.begin(), blocks.end());
-    blocks.insert(blocks.begin(), forced.begin(), forced.end());
+    const Blocks blocks = ranked_blocks();
     const std::vector<float> shares = rerank(blocks);
     for (int i = 0; i < num_blocks_; ++i)
       counts[i * row_stride] = keep_best(blocks, shares.data() + size_t(i) * blocks.size(), first_own_ + i,
                                          indices + i * row_stride * config_.budget);
   }
 
+  // The same, and attention over the lists. For a single head of which every row ranks.
+  void attend(int32_t *indices, int32_t *counts, int64_t row_stride, const Outputs &to) {
+    const Blocks blocks = ranked_blocks();
+    for (int i = 0; i < num_blocks_; ++i)
+      counts[i * row_stride] = attend_block(blocks, i, indices + i * row_stride * config_.budget, to);
+  }
+
  private:
+  using Sampled = std::vector<int>;
+
+  Blocks ranked_blocks() {
+    const Blocks forced = forced_blocks();
+    Blocks blocks = candidates(descend(), forced);
+    std::sort(blocks.begin(), blocks.end());
+    blocks.insert(blocks.begin(), forced.begin(), forced.end());
+    return blocks;
+  }
+
   const T *query(int row, int head) const {
     const int64_t at = s_.first_row + first_position_ - s_.offset() + row;
     return static_cast<const T *>(queries_.q) + at * queries_.q_stride[0] +
@@ -253,25 +225,18 @@ class TreeGroup {
   // Exact softmax mass of the sampled rows on each listed block, mean per query block: [num_blocks, n].
   std::vector<float> rerank(const Blocks &blocks) {
     const int samples = num_rows_ == 1 ? 1 : int(config_.sampled_queries);  // a single row stands for all
-    const int per_block = samples * group_, lanes = num_blocks_ * per_block;
-    std::vector<int> picks;  // of each lane: the heads of a group interleave
-    for (int block = 0; block < num_blocks_; ++block)
-      for (int i = 0; i < per_block; ++i)
-        picks.push_back(block * 64 + (2 * i + 1) * rows_in(block) / (2 * per_block));
-    const auto row_of = [&](int lane) { return picks[size_t(lane)]; };
-    const LaneTile tile(lanes, d_, scratch(kQueries, size_t(padded_lanes(lanes)) * d_), scratch(kState, size_t(d_)),
-                        [&](int lane, float *to) {
-                          const T *q = query(row_of(lane), lane % group_);
-                          for (int c = 0; c < d_; c += 8) store8(to + c, load8(q + c));
-                        });
+    const int per_block = samples * group_;
+    const Sampled row_of = sample(0, num_blocks_, per_block);
+    const LaneTile tile = queries_of(row_of);
     const int n = int(blocks.size()), padded = tile.padded;
     float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kMasses, size_t(n) * padded);
+    float *weights = scratch(kScores, size_t(kBlock) * padded);
     for (int j = 0; j < n; ++j) {
-      const T *next = tile_of<T>(kv_.k, kv_.k_stride, s_.table[blocks[size_t(std::min(j + 1, n - 1))]], kv_head_);
-      for (int i = 0; i < kBlock; ++i) fetch_row(next + i * kv_.k_stride[2], d_);
-      block_mass(tile, row_of, blocks[size_t(j)], peaks + size_t(j) * padded, sums + size_t(j) * padded);
+      fetch_keys(blocks[size_t(std::min(j + 1, n - 1))]);
+      const size_t at = size_t(j) * padded;
+      block_mass(tile, row_of, blocks[size_t(j)], weights, peaks + at, sums + at);
     }
-    masses_from(peaks, sums, n, padded);
+    masses_from(peaks, sums, n, padded, sums);
     std::vector<float> shares(size_t(num_blocks_) * n);
     for (int block = 0; block < num_blocks_; ++block)
       for (int j = 0; j < n; ++j)
@@ -279,45 +244,148 @@ class TreeGroup {
     return shares;
   }
 
-  // Per lane: peak of factor * q.k over the block's visible keys, and sum of 2^(factor * q.k - peak).
-  template <class RowOf>
-  void block_mass(const LaneTile &tile, RowOf row_of, int64_t block, float *peaks, float *sums) {
-    const int64_t base = block * kBlock;
-    const int n = int(std::min<int64_t>(kBlock, first_position_ + num_rows_ - base));
-    const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
-    Rows rows;
-    gather(rows, n, d_, scratch(kRowsK, kBlock * d_), [&](int i) { return k + i * kv_.k_stride[2]; });
-    float *scores = scratch(kScores, size_t(kBlock) * tile.padded);
-    tile.template score<false>(rows, scores);
-    if (base + n - 1 > first_position_)
-      for (int lane = 0; lane < tile.lanes; ++lane)
-        for (int64_t i = std::max<int64_t>(0, first_position_ + row_of(lane) + 1 - base); i < n; ++i)
-          scores[i * tile.padded + lane] = -kInfinity;
-    for (int lane = 0; lane < tile.padded; lane += kLanes) {
-      Vec top = Vec{} + kLowest, total = {};
-      for (int i = 0; i < n; ++i) top = maximum(top, load<Vec>(scores + i * tile.padded + lane) * factor_);
-      for (int i = 0; i < n; ++i) total += exp2_of(load<Vec>(scores + i * tile.padded + lane) * factor_ - top);
-      store(peaks + lane, top);
-      store(sums + lane, total);
-    }
+  // The row of each lane: `per_block` of every query block, spread evenly; the heads of a group interleave.
+  Sampled sample(int first_block, int num_blocks, int per_block) const {
+    Sampled rows;
+    for (int block = first_block; block < first_block + num_blocks; ++block)
+      for (int i = 0; i < per_block; ++i)
+        rows.push_back(block * 64 + (2 * i + 1) * rows_in(block) / (2 * per_block));
+    return rows;
   }
 
-  // (peak, sum) of each block become shares that add up to 1 over the blocks, per lane, in `sums`.
-  static void masses_from(const float *peaks, float *sums, int n, int padded) {
+  LaneTile queries_of(const Sampled &rows) const {
+    const int lanes = int(rows.size());
+    return LaneTile(lanes, d_, scratch(kQueries, size_t(padded_lanes(lanes)) * d_), scratch(kState, size_t(d_)),
+                    [&](int lane, float *to) {
+                      const T *q = query(rows[size_t(lane)], lane % group_);
+                      for (int c = 0; c < d_; c += 8) store8(to + c, load8(q + c));
+                    });
+  }
+
+  void fetch_keys(int64_t block) const {
+    const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
+    for (int i = 0; i < kBlock; ++i) fetch_row(k + i * kv_.k_stride[2], d_);
+  }
+
+  // Keys of a block that the group's last row sees.
+  int keys_in(int64_t block) const {
+    return int(std::min<int64_t>(kBlock, first_position_ + num_rows_ - block * kBlock));
+  }
+
+  // Per lane: peak of factor * q.k over the block's visible keys, `weights` 2^(factor * q.k - peak) panel by panel,
+  // and their sum.
+  void block_mass(const LaneTile &tile, const Sampled &row_of, int64_t block, float *weights, float *peaks,
+                  float *sums) {
+    const int64_t base = block * kBlock;
+    const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
+    const int n = keys_in(block);
+    Rows rows;
+    gather(rows, n, d_, scratch(kRowsK, kBlock * d_), [&](int i) { return k + i * kv_.k_stride[2]; });
+    tile.score_by_panel(rows, weights, [&](int first, int width, float *scores) {
+      if (base + n - 1 > first_position_)
+        for (int lane = 0; lane < width && first + lane < tile.lanes; ++lane)
+          for (int64_t i = std::max<int64_t>(0, first_position_ + row_of[size_t(first + lane)] + 1 - base); i < n; ++i)
+            scores[i * width + lane] = -kInfinity;
+      for (int lane = 0; lane < width; lane += kLanes) {
+        Vec top = Vec{} + kLowest, total = {};
+        for (int i = 0; i < n; ++i) top = maximum(top, load<Vec>(scores + i * width + lane) * factor_);
+        for (int i = 0; i < n; ++i) {
+          const Vec weight = exp2_of(load<Vec>(scores + i * width + lane) * factor_ - top);
+          store(scores + i * width + lane, weight);
+          total += weight;
+        }
+        store(peaks + first + lane, top);
+        store(sums + first + lane, total);
+      }
+    });
+  }
+
+  // (peak, sum) of each block become shares that add up to 1 over the blocks, per lane; may be written to `sums`.
+  static void masses_from(const float *peaks, const float *sums, int n, int padded, float *shares) {
     for (int lane = 0; lane < padded; lane += kLanes) {
       Vec top = Vec{} + kLowest, total = {};
       for (int j = 0; j < n; ++j) top = maximum(top, load<Vec>(peaks + size_t(j) * padded + lane));
       for (int j = 0; j < n; ++j) {
-        float *at = sums + size_t(j) * padded + lane;
-        const Vec mass = load<Vec>(at) * exp2_of(load<Vec>(peaks + size_t(j) * padded + lane) - top);
-        store(at, mass);
+        const size_t at = size_t(j) * padded + lane;
+        const Vec mass = load<Vec>(sums + at) * exp2_of(load<Vec>(peaks + at) - top);
+        store(shares + at, mass);
         total += mass;
       }
       for (int j = 0; j < n; ++j) {
-        float *at = sums + size_t(j) * padded + lane;
+        float *at = shares + size_t(j) * padded + lane;
         store(at, load<Vec>(at) / total);
       }
     }
+  }
+
+  // A query block of which every row ranks, and so has its weights on all blocks already: they are kept, and those
+  // of the blocks that are taken multiply their values. The same lists as `select`.
+  int32_t attend_block(const Blocks &candidates, int i, int32_t *indices, const Outputs &to) {
+    Blocks blocks;
+    for (const int64_t block : candidates)
+      if (block <= first_own_ + i) blocks.push_back(block);
+    const Sampled row_of = sample(i, 1, 64);
+    const LaneTile tile = queries_of(row_of);
+    const int n = int(blocks.size()), padded = tile.padded;
+    float *weights = scratch(kWeights, size_t(n) * kBlock * padded);
+    float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kScores, size_t(n) * padded);
+    for (int j = 0; j < n; ++j) {
+      fetch_keys(blocks[size_t(std::min(j + 1, n - 1))]);
+      const size_t at = size_t(j) * padded;
+      block_mass(tile, row_of, blocks[size_t(j)], weights + at * kBlock, peaks + at, sums + at);
+    }
+    float *masses = scratch(kMasses, size_t(n) * padded);
+    masses_from(peaks, sums, n, padded, masses);
+    std::vector<float> shares;
+    for (int j = 0; j < n; ++j) shares.push_back(lane_sum(masses + size_t(j) * padded, 0, 64) / 64);
+    const int32_t count = keep_best(blocks, shares.data(), first_own_ + i, indices);
+    std::vector<int> taken;
+    for (int32_t at = 0; at < count; ++at)
+      taken.push_back(int(std::find(blocks.begin(), blocks.end(), indices[at]) - blocks.begin()));
+    read_values(blocks, taken, row_of, {weights, peaks, sums, padded}, to);
+    return count;
+  }
+
+  struct Ranked {
+    const float *weights, *peaks, *sums;  // of each block [64, padded] by panels, [padded], [padded]
+    int padded;
+  };
+
+  void read_values(const Blocks &blocks, const std::vector<int> &taken, const Sampled &row_of, const Ranked &ranked,
+                   const Outputs &to) const {
+    const int padded = ranked.padded;
+    float *out = scratch(kOutput, size_t(padded) * d_), *top = scratch(kState, 2 * size_t(padded)), *sum = top + padded;
+    std::fill(out, out + size_t(padded) * d_, 0.0f);
+    std::fill(top, top + padded, kLowest);
+    std::fill(sum, sum + padded, 0.0f);
+    for (const int j : taken)
+      for (int lane = 0; lane < padded; lane += kLanes)
+        store(top + lane, maximum(load<Vec>(top + lane), load<Vec>(ranked.peaks + size_t(j) * padded + lane)));
+    for (const int j : taken) {
+      const float *weights = ranked.weights + size_t(j) * padded * kBlock;
+      const T *v = tile_of<T>(kv_.v, kv_.v_stride, s_.table[blocks[size_t(j)]], kv_head_);
+      Rows values;
+      gather(values, keys_in(blocks[size_t(j)]), d_, scratch(kRowsV, kBlock * d_),
+             [&](int i) { return v + i * kv_.v_stride[2]; });
+      for_each_panel(padded, [&](auto nv, int first) {
+        constexpr int NV = decltype(nv)::value;
+        Vec gain[NV];
+        for (int k = 0; k < NV; ++k) {
+          const size_t at = size_t(j) * padded + first + k * kLanes;
+          float *total = sum + first + k * kLanes;
+          gain[k] = exp2_of(load<Vec>(ranked.peaks + at) - load<Vec>(top + first + k * kLanes));
+          store(total, load<Vec>(total) + load<Vec>(ranked.sums + at) * gain[k]);
+        }
+        accumulate_panel<NV>(values, values.n, weights + size_t(first) * kBlock, d_, out + size_t(first) * d_,
+                             [&](Vec before, Vec added, int k) { return before + added * gain[k]; });
+      });
+    }
+    const int64_t first_row = s_.first_row + first_position_ - s_.offset();
+    for_each_lane(padded, d_, [&](int lane, int base, int stride) {
+      if (lane >= int(row_of.size())) return;
+      const int64_t row = (first_row + row_of[size_t(lane)]) * queries_.num_q_heads + kv_head_;
+      store_lane<T>(out + base, stride, d_, top[lane], sum[lane], row, to);
+    });
   }
 
   // Forced blocks, then by share; equal shares keep the order of `blocks`. Writes ascending, then -1.
@@ -383,17 +451,19 @@ inline std::vector<TreeTask> tree_tasks(const PagedKV &kv, const Queries &querie
   return tasks;
 }
 
+// Selects; with `to`, for a single head of which every row ranks, attends too.
 template <class T>
 void select_tree(const PagedKV &kv, const Queries &queries, const Stats &stats, TreeConfig config,
-                 const Lists &lists) {
+                 const Lists &lists, const Outputs *to) {
   if (!queries.cu_seqlens_q) config.sibling_blocks = 1;
   const std::vector<TreeTask> tasks = tree_tasks(kv, queries, config, lists);
   parallel_for(int64_t(tasks.size()), kv.num_threads, [&](int64_t i) {
     const TreeTask &task = tasks[size_t(i)];
     const int64_t row = task.slot * kv.num_kv_heads + task.kv_head;
-    TreeGroup<T>(kv, queries, stats, config, sequence_of(kv, queries.cu_seqlens_q, task.sequence), task.kv_head,
-                 task.first_position, task.num_rows)
-        .select(lists.indices + row * config.budget, lists.counts + row, kv.num_kv_heads);
+    int32_t *indices = lists.indices + row * config.budget, *counts = lists.counts + row;
+    TreeGroup<T> group(kv, queries, stats, config, sequence_of(kv, queries.cu_seqlens_q, task.sequence),
+                       task.kv_head, task.first_position, task.num_rows);
+    to ? group.attend(indices, counts, kv.num_kv_heads, *to) : group.select(indices, counts, kv.num_kv_heads);
   });
 }
 

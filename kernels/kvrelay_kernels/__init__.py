@@ -12,6 +12,7 @@ from kvrelay_kernels.api.merge_attention_states import merge_attention_states
 from kvrelay_kernels.api.paged_decode import paged_decode
 from kvrelay_kernels.api.paged_prefill import paged_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
+from kvrelay_kernels.api.sparse_prefill import sparse_prefill
 from kvrelay_kernels.api.update_kv_block_stats import update_kv_block_stats
 from kvrelay_kernels.cpu import cpu_backend
 from kvrelay_kernels.dispatch import chosen_implementation
@@ -48,5 +49,6 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "select_blocks",
+    "sparse_prefill",
     "update_kv_block_stats",
 ]

@@ -238,6 +238,9 @@ def test_rows_that_attend_in_different_ways_go_layer_by_layer(tiny_directory: Pa
 def test_step_refuses_what_would_reach_outside(tiny_directory: Path) -> None:
     native = native_decoder(tiny_directory)
     pages = pages_of(store_of(native))
+    fewer = replace(native, transformer=native.transformer.first_layers(1))
+    with pytest.raises(InvalidArgument, match="pages: needed those of 1 layers, got"):
+        fewer.step([5], [1], [[0]], pages)
     with pytest.raises(InvalidArgument, match="token_ids"):
         native.step([258], [1], [[0]], pages)
     with pytest.raises(InvalidArgument, match="block_table"):

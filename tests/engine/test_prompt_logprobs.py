@@ -12,7 +12,7 @@ from kvrelay.router.policies import open_policy
 from kvrelay.router.request import RoutedRequest, Update
 from kvrelay.types import RequestId, TicketId, TokenLogprobs, TransferTicket, WorkerId
 from kvrelay.wire import NewToken, Prefill, PromptScored, Reserve, Reserved, StepReport
-from tiny_engine import assert_all_blocks_home, greedy, hello, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, hello, prompts, tiny_llm, until_preempted
 
 LENGTHS = (1, 2, 64, 65, 200, 300)
 
@@ -67,8 +67,7 @@ def test_preemption_does_not_ask_for_them_again(tiny_directory: Path) -> None:
     """A pool that is too small for all: the retries prefill once more, and score nothing twice."""
     batch = prompts(100, 110, 120, 130)
     with tiny_llm(tiny_directory, num_kv_blocks=9) as llm:
-        outputs = llm.generate(batch, greedy(150, prompt_logprobs=1))
-        assert llm.report().num_requests["preempted"] > 0
+        outputs = until_preempted(llm, batch, greedy(150, prompt_logprobs=1))[-1]
     for prompt, output in zip(batch, outputs, strict=True):
         assert_equal_to(oracle(tiny_directory, prompt), output, 1)
         assert len(output.token_ids) == 150

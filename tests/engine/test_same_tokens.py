@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrelay import SamplingParams
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
+from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm, until_preempted
 
 LENGTHS = (1, 2, 64, 65, 66, 129, 300)
 MAX_TOKENS = 140
@@ -67,17 +67,17 @@ def test_greedy_tokens_equal_those_of_transformers(tiny_directory: Path, way: st
     with tiny_llm(tiny_directory, **WAYS[way]) as llm:
         outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
         again = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+        tries = until_preempted(llm, prompts(*LENGTHS), greedy(MAX_TOKENS)) if "preempted" in way else []
         report = llm.report()
         assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == _transformers(tiny_directory)
-    assert [output.token_ids for output in again] == _transformers(tiny_directory), "after a prefix hit"
+    for later in (again, *tries):
+        assert [output.token_ids for output in later] == _transformers(tiny_directory), "after a prefix hit"
     assert [output.num_cached_tokens for output in outputs] == [0] * len(LENGTHS)
     if "num_kv_blocks" not in WAYS[way] and "2P2D" not in way:
         assert [output.num_cached_tokens for output in again] == [(n - 1) // 64 * 64 for n in LENGTHS]
     assert [output.finish_reason for output in outputs] == ["length"] * len(LENGTHS)
-    if "preempted" in way:
-        assert report.num_requests["preempted"] > 0, "the pool was meant to be too small for all at once"
     assert set(leaked.values()) == {0}
     assert len(leaked) == len(report.workers)
 

@@ -63,6 +63,43 @@ def test_decode_weighs_the_splits_of_long_lists(impl: str, loudest: int) -> None
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, check_dtype=False)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.8])
+@pytest.mark.parametrize(("heads", "sampled"), [((2, 2), 64), ((2, 2), 2), ((4, 2), 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_prefill_is_selection_then_attention(
+    impl: str, dtype: torch.dtype, heads: tuple[int, int], sampled: int, top_p: float | None
+) -> None:
+    batch = make_batch([(64 * 8, 200), (0, 257), (0, 0), (64 * 4, 1), (256, 256)], heads=heads, dtype=dtype)
+    config = kk.SelectionConfig(budget=4, sampled_queries=sampled, candidate_factor=1.5, top_p=top_p)
+    stats = kk.kv_block_stats(batch.kv)
+    chosen = kk.select_blocks(
+        batch.q, batch.kv, config, cu_seqlens_q=batch.cu_seqlens_q, stats=stats, impl=impl
+    )
+    assert chosen.counts.max() > chosen.counts[chosen.counts > 0].min()
+    kv = replace(batch.kv, v_pages=poison_unselected(batch, chosen).kv.v_pages)
+    *got, selection = kk.sparse_prefill(batch.q, kv, batch.cu_seqlens_q, config, stats=stats, impl=impl)
+    for name in ("indices", "counts", "cu_q_blocks"):
+        assert torch.equal(getattr(selection, name), getattr(chosen, name))
+    assert_accurate(tuple(got), batch, batch.q, batch.q_lens, chosen)
+
+
+def test_a_row_whose_best_block_is_not_in_the_list(impl: str, working_dtype: torch.dtype) -> None:
+    """One row's logits are 225 there, where all others' are -20: its weights elsewhere must not be lost."""
+    batch = make_batch([(64 * 8, 64)], heads=(1, 1), dtype=working_dtype)
+    batch.q[:, 0, :2] = torch.tensor([0.0, 8.0], dtype=working_dtype, device=DEVICE)
+    batch.q[5, 0, :2] = torch.tensor([30.0, 0.0], dtype=working_dtype, device=DEVICE)
+    keys = batch.keys[0][0].unflatten(0, (-1, 64))
+    keys[:, :, :2] = 0
+    keys[3, :, 0], keys[3, :, 1] = 60, -20
+    batch.kv.k_pages[batch.kv.block_table[0, :9].long(), 0] = keys
+    config = kk.SelectionConfig(budget=4, sampled_queries=64)
+    stats = kk.kv_block_stats(batch.kv)
+    *got, selection = kk.sparse_prefill(batch.q, batch.kv, batch.cu_seqlens_q, config, stats=stats, impl=impl)
+    assert 3 not in selection.indices[0, 0].tolist()
+    want = eager(batch, batch.q, batch.q_lens, selection, torch.float64)
+    torch.testing.assert_close(tuple(got), want, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads", "head_dim"), SHAPES)
 def test_every_head_dim_and_group(impl: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
     heads = (num_q_heads, num_kv_heads)

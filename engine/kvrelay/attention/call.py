@@ -18,11 +18,11 @@ from kvrelay_kernels import (
     PagedKV,
     SelectionConfig,
     block_sparse_decode,
-    block_sparse_prefill,
     chosen_implementation,
     paged_decode,
     paged_prefill,
     select_blocks,
+    sparse_prefill,
 )
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -168,11 +168,13 @@ class Call:
     ) -> torch.Tensor:
         assert self._sparse is not None
         config = selection_config(self._sparse, len(kv.k_pages), one_by_one=self._one_by_one)
-        chosen = select_blocks(q, kv, config, cu_seqlens_q=None if self._one_by_one else bounds, stats=stats)
-        self._count(chosen)
         if self._one_by_one:
-            return block_sparse_decode(q, kv, chosen)[0]
-        return block_sparse_prefill(q, kv, bounds, chosen)[0]
+            chosen = select_blocks(q, kv, config, stats=stats)
+            out = block_sparse_decode(q, kv, chosen)[0]
+        else:
+            out, _, chosen = sparse_prefill(q, kv, bounds, config, stats=stats)
+        self._count(chosen)
+        return out
 
     def _count(self, chosen: BlockSelection) -> None:
         if self._counts is None:

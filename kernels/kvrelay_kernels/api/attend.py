@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvrelay_kernels.api.block_sparse_decode import block_sparse_decode
-from kvrelay_kernels.api.block_sparse_prefill import block_sparse_prefill
 from kvrelay_kernels.api.paged_decode import paged_decode
 from kvrelay_kernels.api.paged_prefill import paged_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
+from kvrelay_kernels.api.sparse_prefill import sparse_prefill
 from kvrelay_kernels.dispatch import resolve
 from kvrelay_kernels.layout import PagedKV
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
@@ -65,11 +65,11 @@ def attend(
         else:
             out, lse = paged_prefill(q, kv, cu_seqlens_q, **how)
         return Attended(out=out, lse=lse, path="dense", impl=resolve(f"paged_{phase}", policy.impl, q))
-    chosen = select_blocks(q, kv, policy.selection, cu_seqlens_q=cu_seqlens_q, stats=stats, **how)
     if cu_seqlens_q is None:
+        chosen = select_blocks(q, kv, policy.selection, stats=stats, **how)
         out, lse = block_sparse_decode(q, kv, chosen, **how)
     else:
-        out, lse = block_sparse_prefill(q, kv, cu_seqlens_q, chosen, **how)
+        out, lse, chosen = sparse_prefill(q, kv, cu_seqlens_q, policy.selection, stats=stats, **how)
     taken = resolve(f"block_sparse_{phase}", policy.impl, q)
     return Attended(out=out, lse=lse, path="sparse", impl=taken, selection=chosen)
 

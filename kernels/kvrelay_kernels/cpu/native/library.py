@@ -91,7 +91,7 @@ _SIGNATURES = {
     "kvr_decode": (c_void_p,) * 4,
     "kvr_merge": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p),
     "kvr_update_stats": (c_void_p,) * 3,
-    "kvr_select_tree": (c_void_p,) * 5,
+    "kvr_select_tree": (c_void_p,) * 6,
     "kvr_sources": (),
     "kvr_sum_of_weights": (c_void_p, c_int64, c_double),
     **TRANSFORMER_SIGNATURES,

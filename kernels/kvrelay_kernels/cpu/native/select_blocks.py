@@ -26,12 +26,25 @@ def select_blocks(
     """See ``kvrelay_kernels.api.select_blocks``."""
     if config.selector != "tree":
         return select_blocks_in_torch(q, kv, config, cu_seqlens_q, stats, scale)
+    return select_by_tree(q, kv, config, cu_seqlens_q, stats, scale, None)
+
+
+def select_by_tree(
+    q: Tensor,
+    kv: PagedKV,
+    config: SelectionConfig,
+    cu_seqlens_q: Tensor | None,
+    stats: KVBlockStats | None,
+    scale: float,
+    to: Argument | None,
+) -> BlockSelection:
+    """The lists; with ``to``, of ``outputs``, attention over them goes there."""
     if stats is None:
         raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
     selection = empty_selection(q, kv, config, cu_seqlens_q)
     rows, settings = queries(q, cu_seqlens_q, scale), tree_settings(config)
     parts = (paged(kv), rows, statistics(stats), settings, lists(selection))
-    status = library().kvr_select_tree(*(part.pointer for part in parts))
+    status = library().kvr_select_tree(*(part.pointer for part in parts), None if to is None else to.pointer)
     raise_for(status, kv, q, cu_seqlens_q)
     return selection
 

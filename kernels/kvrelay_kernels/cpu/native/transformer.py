@@ -6,7 +6,7 @@ on its batch. Knows nothing of checkpoints.
 
 import ctypes
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -135,6 +135,10 @@ class Transformer:
         self.num_layers, self.head_dim = len(model.layers), model.head_dim
         self.num_q_heads, self.num_kv_heads = model.num_q_heads, model.num_kv_heads
 
+    def first_layers(self, count: int) -> "Transformer":
+        """The model with so many layers, on the same weights."""
+        return Transformer(replace(self._model, layers=self._model.layers[:count]))
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 ``[rows]`` -> float32 ``[rows, hidden]``; ``InvalidArgument`` for an id outside."""
         token_ids = token_ids.long().contiguous()
@@ -190,6 +194,10 @@ class Transformer:
         pages have statistics. Also int64 ``[batch]``: how many blocks were in the lists of all layers and
         heads. Raises ``InvalidArgument``.
         """
+        if len(pages.tensors) != self.num_layers:
+            raise InvalidArgument(
+                "pages", needed=f"those of {self.num_layers} layers", got=len(pages.tensors)
+            )
         k, v = pages.first
         logits = torch.empty(len(token_ids), self.vocab_size)
         counts = torch.zeros(len(token_ids), dtype=torch.int64)

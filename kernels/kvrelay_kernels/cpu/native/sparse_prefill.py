@@ -1,0 +1,28 @@
+"""C++ ``sparse_prefill``, where selection has computed what attention needs: ``csrc/tree_selection.h``."""
+
+from torch import Tensor
+
+from kvrelay_kernels.cpu.native.arguments import outputs
+from kvrelay_kernels.cpu.native.select_blocks import select_by_tree
+from kvrelay_kernels.layout import BLOCK_SIZE, PagedKV
+from kvrelay_kernels.selection import BlockSelection, SelectionConfig
+from kvrelay_kernels.stats import KVBlockStats
+
+
+def ranks_what_it_reads(q: Tensor, kv: PagedKV, config: SelectionConfig) -> bool:
+    """Whether every row of a head ranks the blocks of that head's own list."""
+    is_ranked_by_all = config.selector == "tree" and config.sampled_queries == BLOCK_SIZE
+    return is_ranked_by_all and q.shape[1] == kv.num_kv_heads
+
+
+def sparse_prefill(
+    q: Tensor,
+    kv: PagedKV,
+    cu_seqlens_q: Tensor,
+    config: SelectionConfig,
+    stats: KVBlockStats | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, BlockSelection]:
+    """See ``kvrelay_kernels.api.sparse_prefill``; ``ranks_what_it_reads`` must hold."""
+    out, lse, to = outputs(q)
+    return out, lse, select_by_tree(q, kv, config, cu_seqlens_q, stats, scale, to)
