@@ -76,6 +76,7 @@ class Bench:
     def __init__(self, model: Model, num_layers: int, tokens: torch.Tensor, chunk: int) -> None:
         self._model, self._tokens, self.chunk = model, tokens, chunk
         self._scale = num_layers / model.spec.num_layers
+        self._row = torch.zeros(1, model.spec.hidden_size, device=model.device, dtype=model.dtype)
         layout = KVLayout(
             model="",
             dtype=str(model.dtype).removeprefix("torch."),
@@ -107,14 +108,18 @@ class Bench:
 
     def decode(self, end: int, sparse: SparseAttention, repeats: int) -> tuple[float, float]:
         """Seconds of a step of one sequence of `end` tokens: medians, dense and sparse in turn."""
-        ways = [self._step(end, chosen) for chosen in (None, sparse)]
-        pairs = [[self._seconds(step) for step in ways] for _ in range(repeats + 1)]
-        dense_s, sparse_s = zip(*pairs[1:], strict=True)  # the first warm up
-        return median(dense_s) * self._scale, median(sparse_s) * self._scale
+        ways = [self.decode_step(end, chosen) for chosen in (None, sparse)]
+        pairs, begun_s = [], time.perf_counter()
+        while not pairs or (len(pairs) <= repeats and time.perf_counter() - begun_s < ENOUGH_S):
+            pairs.append([self._seconds(step) for step in ways])
+        dense_s, sparse_s = (median(own) for own in zip(*(pairs[1:] or pairs), strict=True))
+        head_s = median(self._seconds(self._head) for _ in range(5))  # once, however many layers there are
+        return self._scaled(dense_s, head_s), self._scaled(sparse_s, head_s)
 
-    def _step(self, end: int, sparse: SparseAttention | None) -> Callable[[], object]:
-        if not isinstance(self._model, NativeDecoder):
-            return lambda: self._forward(end - 1, end, sparse)
+    def decode_step(self, end: int, sparse: SparseAttention | None) -> Callable[[], torch.Tensor]:
+        """What computes the logits [1, vocab] after `end` tokens."""
+        if not isinstance(self._model, NativeDecoder) or (sparse is not None and sparse.selector != "tree"):
+            return lambda: self._head(self._hidden(end - 1, end, sparse)[0])
         token_ids, steps = self._tokens[:end].tolist(), NativeSteps(self._model, self._store, sparse)
         request = RequestSpec(
             request_id=RequestId("long"),
@@ -127,24 +132,44 @@ class Bench:
             seed=0,
         )
         sequence = DecodeSequence(request, list(range(num_blocks(end))), token_ids)
-        return lambda: steps.run([sequence])
+
+        def step() -> torch.Tensor:
+            found = steps.run([sequence])
+            assert found is not None
+            return found[0]
+
+        return step
+
+    @torch.inference_mode()
+    def _head(self, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        return self._model.logits(self._row if hidden is None else hidden)
+
+    def _scaled(self, seconds: float, head_s: float) -> float:
+        return head_s + (seconds - head_s) * self._scale
 
     def _seconds(self, step: Callable[[], object]) -> float:
         begin_s = self._now()
         step()
         return self._now() - begin_s
 
-    @torch.inference_mode()
     def _forward(self, start: int, end: int, sparse: SparseAttention | None) -> tuple[Seconds, AttentionUse]:
-        prompt_end = start if end - start == 1 else end
-        span = Span(start, end - start, range(num_blocks(end)), sparse, prompt_end)
-        attend, spent = PagedAttention(self._store, [span]), list[float]()
-        positions = torch.arange(start, end, device=self._model.device)
+        spent: list[float] = []
         begin_s = self._now()
-        self._model.forward(self._tokens[start:end], positions, self._timed(attend, spent))
+        _, attend = self._hidden(start, end, sparse, spent)
         total_s = self._now() - begin_s
         (use,) = attend.uses()
         return Seconds(total_s=total_s * self._scale, attention_s=sum(spent) * self._scale), use
+
+    @torch.inference_mode()
+    def _hidden(
+        self, start: int, end: int, sparse: SparseAttention | None, spent: list[float] | None = None
+    ) -> tuple[torch.Tensor, PagedAttention]:
+        prompt_end = start if end - start == 1 else end
+        span = Span(start, end - start, range(num_blocks(end)), sparse, prompt_end)
+        attend = PagedAttention(self._store, [span])
+        positions = torch.arange(start, end, device=self._model.device)
+        timed = attend if spent is None else self._timed(attend, spent)
+        return self._model.forward(self._tokens[start:end], positions, timed), attend
 
     def _timed(self, attend: PagedAttention, spent: list[float]) -> Callable[..., torch.Tensor]:
         def timed(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from client_programs import CLIENTS, MODEL, ClientFailed, Counts, Scene
 from kvrelay.config import cache_home
+from kvrelay.experiments.record import Gate, make_record, write_record
 from kvrelay.models import hub
 
 TOTALS = {
@@ -36,8 +37,9 @@ TITLES = (
     "output tokens",
     "mean TTFT, ms",
     "mean ITL, ms",
-    "",
+    "note",
 )
+RECORD = Path("benchmarks/results/clients.json")
 
 
 def served(url: str) -> dict[str, float]:
@@ -112,19 +114,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clients", nargs="*", help=f"of {', '.join(CLIENTS)}; all without any")
     parser.add_argument("--url", help="a running server of the model; without, one is started")
+    parser.add_argument("--record", action="store_true", help=f"write the table to {RECORD} too")
     options = parser.parse_args()
     home = Path(os.environ.get("KVRELAY_CLIENTS") or Path(tempfile.gettempdir(), "kvrelay-clients"))
     home.mkdir(parents=True, exist_ok=True)
-    passed = True
+    rows: dict[str, tuple[bool, list[str]]] = {}
     print("counts and latencies are the client's / those of /metrics")
     print("      ", " | ".join(TITLES))
     with server(options.url) as url:
         scene = Scene(url.rstrip("/"), hub.pull(MODEL, cache_home()), home)
         for name in options.clients or CLIENTS:
-            good, row = try_one(name, scene)
-            passed &= good
+            good, row = rows[name] = try_one(name, scene)
             print("ok    " if good else "FAILED", " | ".join(row), flush=True)
-    return 0 if passed else 1
+    gate = Gate(checks={name: good for name, (good, _) in rows.items()})
+    if options.record:
+        table = [dict(zip(TITLES, row, strict=True)) for _, row in rows.values()]
+        write_record(make_record("clients", vars(options), gate, {"theirs / ours": table}), RECORD)
+    return 0 if gate.passed else 1
 
 
 if __name__ == "__main__":

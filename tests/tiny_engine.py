@@ -93,8 +93,15 @@ def greedy(max_tokens: int = 32, **fields: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **fields)
 
 
+def once(llm: LLM, batch: list[list[int]], params: SamplingParams) -> list[list[RequestOutput]]:
+    """The outputs of one try."""
+    return [llm.generate(batch, params)]
+
+
 def until_preempted(llm: LLM, batch: list[list[int]], params: SamplingParams) -> list[list[RequestOutput]]:
-    """The outputs of every try until one was preempted: in a pool too small for all it is who is faster."""
+    """A new engine's outputs, try after try, until a request was preempted: in a pool too small for all,
+    that is a matter of who is faster.
+    """
     tries = [llm.generate(batch, params)]
     while llm.report().num_requests["preempted"] == 0:
         assert len(tries) < 20, "the pool was meant to be too small for all at once"

@@ -109,7 +109,8 @@ int32_t kvr_decode(const PagedKV *, const Queries *, const Lists *, const Output
 int32_t kvr_merge(const void *outs, const float *lses, int64_t splits, int64_t rows, int64_t head_dim,
                   int32_t dtype, int32_t num_threads, void *out, float *lse);
 int32_t kvr_update_stats(const PagedKV *, const Stats *, const int32_t *num_new_tokens);
-// `to` may be null. Else attention over the lists goes there too; every head has lists then, and all rows rank.
+// `to` may be null. Else attention over the lists goes there, which is for prefill of heads with lists of their own
+// that all rows of a block rank: as many query heads as KV heads, sampled_queries 64.
 int32_t kvr_select_tree(const PagedKV *, const Queries *, const Stats *, const TreeConfig *, const Lists *,
                         const Outputs *to);
 int64_t kvr_panel();

@@ -79,7 +79,13 @@ EXPORT int32_t kvr_select_tree(const PagedKV *kv, const Queries *queries, const 
     const Sequence s = sequence_of(*kv, queries->cu_seqlens_q, b);
     if (s.q_len > 0 && s.offset() % 64) return kBadLengths;
   }
-  with_dtype(kv->dtype, [&](auto type) { select_tree<decltype(type)>(*kv, *queries, *stats, *config, *lists, to); });
+  with_dtype(kv->dtype, [&](auto type) {
+    using T = decltype(type);
+    if (to)
+      select_and_attend<T>(*kv, *queries, *stats, *config, *lists, *to);
+    else
+      select_tree<T>(*kv, *queries, *stats, *config, *lists);
+  });
   return kOk;
 }
 

@@ -3,7 +3,8 @@
 // each query block keeps its best. Same steps and names as reference/select_blocks_tree.py. Queries lie in
 // lanes (see lanes.h), so a box or a key is read once for all siblings, samples and heads.
 //
-// Where every row of a single head ranks, its logits are those that attention needs: see `attend`.
+// Where every row of a single head ranks, its logits are those that attention needs: `attend_block` does both, one
+// query block at a time.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -16,6 +17,7 @@
 namespace {
 
 using Blocks = std::vector<int64_t>;
+constexpr int kMostKept = 256;  // blocks whose weights a thread keeps while it ranks: 4 MB
 
 inline void keep_top(std::vector<std::pair<float, int64_t>> &scored, size_t count) {
   const auto better = [](const auto &a, const auto &b) {
@@ -54,24 +56,14 @@ class TreeGroup {
 
   // Lists of each query block, `budget` apart, and their counts, `num_kv_heads` rows apart.
   void select(int32_t *indices, int32_t *counts, int64_t row_stride) {
-    const Blocks blocks = ranked_blocks();
+    const Blocks blocks = blocks_to_rank();
     const std::vector<float> shares = rerank(blocks);
     for (int i = 0; i < num_blocks_; ++i)
       counts[i * row_stride] = keep_best(blocks, shares.data() + size_t(i) * blocks.size(), first_own_ + i,
                                          indices + i * row_stride * config_.budget);
   }
 
-  // The same, and attention over the lists. For a single head of which every row ranks.
-  void attend(int32_t *indices, int32_t *counts, int64_t row_stride, const Outputs &to) {
-    const Blocks blocks = ranked_blocks();
-    for (int i = 0; i < num_blocks_; ++i)
-      counts[i * row_stride] = attend_block(blocks, i, indices + i * row_stride * config_.budget, to);
-  }
-
- private:
-  using Sampled = std::vector<int>;
-
-  Blocks ranked_blocks() {
+  Blocks blocks_to_rank() {
     const Blocks forced = forced_blocks();
     Blocks blocks = candidates(descend(), forced);
     std::sort(blocks.begin(), blocks.end());
@@ -79,6 +71,58 @@ class TreeGroup {
     return blocks;
   }
 
+  // Of query block `i`, for a single head of which every row ranks: the list as by `select`, and attention over it.
+  // The weights by which blocks are ranked are kept, and those of the blocks taken multiply their values. Of more
+  // than kMostKept blocks none are kept, and those needed are computed again.
+  int32_t attend_block(const Blocks &to_rank, int i, int32_t *indices, const Outputs &to) {
+    Blocks blocks;
+    for (const int64_t block : to_rank)
+      if (block <= first_own_ + i) blocks.push_back(block);
+    const std::vector<int> rows = sample(i, 1, num_rows_ == 1 ? 1 : 64);
+    const LaneTile tile = queries_of(rows);
+    const int n = int(blocks.size()), padded = tile.padded;
+    const size_t apart = n <= kMostKept ? size_t(kBlock) * padded : 0;
+    float *weights = scratch(kWeights, std::max(size_t(kBlock) * padded, apart * n));
+    float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kScores, size_t(n) * padded);
+    const auto weigh = [&](int j) {
+      const size_t at = size_t(j) * padded;
+      block_mass(tile, rows, blocks[size_t(j)], weights + j * apart, peaks + at, sums + at);
+    };
+    for (int j = 0; j < n; ++j) {
+      fetch_keys(blocks[size_t(std::min(j + 1, n - 1))]);
+      weigh(j);
+    }
+    float *masses = scratch(kMasses, size_t(n) * padded);
+    masses_from(peaks, sums, n, padded, masses);
+    std::vector<float> shares;
+    for (int j = 0; j < n; ++j) shares.push_back(lane_sum(masses + size_t(j) * padded, 0, tile.lanes) / tile.lanes);
+    const int32_t count = keep_best(blocks, shares.data(), first_own_ + i, indices);
+
+    float *out = scratch(kOutput, size_t(padded) * d_), *top = scratch(kState, 2 * size_t(padded)), *sum = top + padded;
+    std::fill(out, out + size_t(padded) * d_, 0.0f);
+    std::fill(top, top + padded, kLowest);
+    std::fill(sum, sum + padded, 0.0f);
+    std::vector<int> taken;
+    for (int32_t at = 0; at < count; ++at)
+      taken.push_back(int(std::find(blocks.begin(), blocks.end(), indices[at]) - blocks.begin()));
+    for (const int j : taken)
+      for (int lane = 0; lane < padded; lane += kLanes)
+        store(top + lane, maximum(load<Vec>(top + lane), load<Vec>(peaks + size_t(j) * padded + lane)));
+    for (const int j : taken) {
+      if (!apart) weigh(j);
+      const size_t at = size_t(j) * padded;
+      add_values(rows, blocks[size_t(j)], padded, weights + j * apart, peaks + at, sums + at, top, sum, out);
+    }
+    const int64_t first_row = s_.first_row + first_position_ - s_.offset();
+    for_each_lane(padded, d_, [&](int lane, int base, int stride) {
+      if (lane >= tile.lanes) return;
+      const int64_t row = (first_row + rows[size_t(lane)]) * queries_.num_q_heads + kv_head_;
+      store_lane<T>(out + base, stride, d_, top[lane], sum[lane], row, to);
+    });
+    return count;
+  }
+
+ private:
   const T *query(int row, int head) const {
     const int64_t at = s_.first_row + first_position_ - s_.offset() + row;
     return static_cast<const T *>(queries_.q) + at * queries_.q_stride[0] +
@@ -226,15 +270,15 @@ class TreeGroup {
   std::vector<float> rerank(const Blocks &blocks) {
     const int samples = num_rows_ == 1 ? 1 : int(config_.sampled_queries);  // a single row stands for all
     const int per_block = samples * group_;
-    const Sampled row_of = sample(0, num_blocks_, per_block);
-    const LaneTile tile = queries_of(row_of);
+    const std::vector<int> rows = sample(0, num_blocks_, per_block);
+    const LaneTile tile = queries_of(rows);
     const int n = int(blocks.size()), padded = tile.padded;
     float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kMasses, size_t(n) * padded);
     float *weights = scratch(kScores, size_t(kBlock) * padded);
     for (int j = 0; j < n; ++j) {
       fetch_keys(blocks[size_t(std::min(j + 1, n - 1))]);
       const size_t at = size_t(j) * padded;
-      block_mass(tile, row_of, blocks[size_t(j)], weights, peaks + at, sums + at);
+      block_mass(tile, rows, blocks[size_t(j)], weights, peaks + at, sums + at);
     }
     masses_from(peaks, sums, n, padded, sums);
     std::vector<float> shares(size_t(num_blocks_) * n);
@@ -245,15 +289,15 @@ class TreeGroup {
   }
 
   // The row of each lane: `per_block` of every query block, spread evenly; the heads of a group interleave.
-  Sampled sample(int first_block, int num_blocks, int per_block) const {
-    Sampled rows;
+  std::vector<int> sample(int first_block, int num_blocks, int per_block) const {
+    std::vector<int> rows;
     for (int block = first_block; block < first_block + num_blocks; ++block)
       for (int i = 0; i < per_block; ++i)
         rows.push_back(block * 64 + (2 * i + 1) * rows_in(block) / (2 * per_block));
     return rows;
   }
 
-  LaneTile queries_of(const Sampled &rows) const {
+  LaneTile queries_of(const std::vector<int> &rows) const {
     const int lanes = int(rows.size());
     return LaneTile(lanes, d_, scratch(kQueries, size_t(padded_lanes(lanes)) * d_), scratch(kState, size_t(d_)),
                     [&](int lane, float *to) {
@@ -274,17 +318,17 @@ class TreeGroup {
 
   // Per lane: peak of factor * q.k over the block's visible keys, `weights` 2^(factor * q.k - peak) panel by panel,
   // and their sum.
-  void block_mass(const LaneTile &tile, const Sampled &row_of, int64_t block, float *weights, float *peaks,
-                  float *sums) {
+  void block_mass(const LaneTile &tile, const std::vector<int> &rows, int64_t block, float *weights, float *peaks,
+                  float *sums) const {
     const int64_t base = block * kBlock;
     const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
     const int n = keys_in(block);
-    Rows rows;
-    gather(rows, n, d_, scratch(kRowsK, kBlock * d_), [&](int i) { return k + i * kv_.k_stride[2]; });
-    tile.score_by_panel(rows, weights, [&](int first, int width, float *scores) {
+    Rows keys;
+    gather(keys, n, d_, scratch(kRowsK, kBlock * d_), [&](int i) { return k + i * kv_.k_stride[2]; });
+    tile.score_by_panel(keys, weights, [&](int first, int width, float *scores) {
       if (base + n - 1 > first_position_)
         for (int lane = 0; lane < width && first + lane < tile.lanes; ++lane)
-          for (int64_t i = std::max<int64_t>(0, first_position_ + row_of[size_t(first + lane)] + 1 - base); i < n; ++i)
+          for (int64_t i = std::max<int64_t>(0, first_position_ + rows[size_t(first + lane)] + 1 - base); i < n; ++i)
             scores[i * width + lane] = -kInfinity;
       for (int lane = 0; lane < width; lane += kLanes) {
         Vec top = Vec{} + kLowest, total = {};
@@ -300,7 +344,7 @@ class TreeGroup {
     });
   }
 
-  // (peak, sum) of each block become shares that add up to 1 over the blocks, per lane; may be written to `sums`.
+  // (peak, sum) of each block become shares that add up to 1 over the blocks, per lane; `shares` may be `sums`.
   static void masses_from(const float *peaks, const float *sums, int n, int padded, float *shares) {
     for (int lane = 0; lane < padded; lane += kLanes) {
       Vec top = Vec{} + kLowest, total = {};
@@ -318,73 +362,24 @@ class TreeGroup {
     }
   }
 
-  // A query block of which every row ranks, and so has its weights on all blocks already: they are kept, and those
-  // of the blocks that are taken multiply their values. The same lists as `select`.
-  int32_t attend_block(const Blocks &candidates, int i, int32_t *indices, const Outputs &to) {
-    Blocks blocks;
-    for (const int64_t block : candidates)
-      if (block <= first_own_ + i) blocks.push_back(block);
-    const Sampled row_of = sample(i, 1, 64);
-    const LaneTile tile = queries_of(row_of);
-    const int n = int(blocks.size()), padded = tile.padded;
-    float *weights = scratch(kWeights, size_t(n) * kBlock * padded);
-    float *peaks = scratch(kBounds, size_t(n) * padded), *sums = scratch(kScores, size_t(n) * padded);
-    for (int j = 0; j < n; ++j) {
-      fetch_keys(blocks[size_t(std::min(j + 1, n - 1))]);
-      const size_t at = size_t(j) * padded;
-      block_mass(tile, row_of, blocks[size_t(j)], weights + at * kBlock, peaks + at, sums + at);
-    }
-    float *masses = scratch(kMasses, size_t(n) * padded);
-    masses_from(peaks, sums, n, padded, masses);
-    std::vector<float> shares;
-    for (int j = 0; j < n; ++j) shares.push_back(lane_sum(masses + size_t(j) * padded, 0, 64) / 64);
-    const int32_t count = keep_best(blocks, shares.data(), first_own_ + i, indices);
-    std::vector<int> taken;
-    for (int32_t at = 0; at < count; ++at)
-      taken.push_back(int(std::find(blocks.begin(), blocks.end(), indices[at]) - blocks.begin()));
-    read_values(blocks, taken, row_of, {weights, peaks, sums, padded}, to);
-    return count;
-  }
-
-  struct Ranked {
-    const float *weights, *peaks, *sums;  // of each block [64, padded] by panels, [padded], [padded]
-    int padded;
-  };
-
-  void read_values(const Blocks &blocks, const std::vector<int> &taken, const Sampled &row_of, const Ranked &ranked,
-                   const Outputs &to) const {
-    const int padded = ranked.padded;
-    float *out = scratch(kOutput, size_t(padded) * d_), *top = scratch(kState, 2 * size_t(padded)), *sum = top + padded;
-    std::fill(out, out + size_t(padded) * d_, 0.0f);
-    std::fill(top, top + padded, kLowest);
-    std::fill(sum, sum + padded, 0.0f);
-    for (const int j : taken)
-      for (int lane = 0; lane < padded; lane += kLanes)
-        store(top + lane, maximum(load<Vec>(top + lane), load<Vec>(ranked.peaks + size_t(j) * padded + lane)));
-    for (const int j : taken) {
-      const float *weights = ranked.weights + size_t(j) * padded * kBlock;
-      const T *v = tile_of<T>(kv_.v, kv_.v_stride, s_.table[blocks[size_t(j)]], kv_head_);
-      Rows values;
-      gather(values, keys_in(blocks[size_t(j)]), d_, scratch(kRowsV, kBlock * d_),
-             [&](int i) { return v + i * kv_.v_stride[2]; });
-      for_each_panel(padded, [&](auto nv, int first) {
-        constexpr int NV = decltype(nv)::value;
-        Vec gain[NV];
-        for (int k = 0; k < NV; ++k) {
-          const size_t at = size_t(j) * padded + first + k * kLanes;
-          float *total = sum + first + k * kLanes;
-          gain[k] = exp2_of(load<Vec>(ranked.peaks + at) - load<Vec>(top + first + k * kLanes));
-          store(total, load<Vec>(total) + load<Vec>(ranked.sums + at) * gain[k]);
-        }
-        accumulate_panel<NV>(values, values.n, weights + size_t(first) * kBlock, d_, out + size_t(first) * d_,
-                             [&](Vec before, Vec added, int k) { return before + added * gain[k]; });
-      });
-    }
-    const int64_t first_row = s_.first_row + first_position_ - s_.offset();
-    for_each_lane(padded, d_, [&](int lane, int base, int stride) {
-      if (lane >= int(row_of.size())) return;
-      const int64_t row = (first_row + row_of[size_t(lane)]) * queries_.num_q_heads + kv_head_;
-      store_lane<T>(out + base, stride, d_, top[lane], sum[lane], row, to);
+  // Values of a block times its weights, brought from the block's peaks to those of all the list, `top`.
+  void add_values(const std::vector<int> &rows, int64_t block, int padded, const float *weights, const float *peaks,
+                  const float *sums, const float *top, float *sum, float *out) const {
+    const T *v = tile_of<T>(kv_.v, kv_.v_stride, s_.table[block], kv_head_);
+    Rows values;
+    gather(values, keys_in(block), d_, scratch(kRowsV, kBlock * d_), [&](int i) { return v + i * kv_.v_stride[2]; });
+    for_each_panel(padded, [&](auto nv, int first) {
+      constexpr int NV = decltype(nv)::value;
+      const size_t last = std::min(size_t(first + NV * kLanes), rows.size()) - 1;
+      const int n = int(std::min<int64_t>(values.n, first_position_ + rows[last] + 1 - block * kBlock));
+      Vec gain[NV];
+      for (int k = 0; k < NV; ++k) {
+        const int lane = first + k * kLanes;
+        gain[k] = exp2_of(load<Vec>(peaks + lane) - load<Vec>(top + lane));
+        store(sum + lane, load<Vec>(sum + lane) + load<Vec>(sums + lane) * gain[k]);
+      }
+      accumulate_panel<NV>(values, n, weights + size_t(first) * kBlock, d_, out + size_t(first) * d_,
+                           [&](Vec before, Vec added, int k) { return before + added * gain[k]; });
     });
   }
 
@@ -451,19 +446,44 @@ inline std::vector<TreeTask> tree_tasks(const PagedKV &kv, const Queries &querie
   return tasks;
 }
 
-// Selects; with `to`, for a single head of which every row ranks, attends too.
+template <class T>
+TreeGroup<T> group_of(const PagedKV &kv, const Queries &queries, const Stats &stats, const TreeConfig &config,
+                      const TreeTask &task) {
+  return TreeGroup<T>(kv, queries, stats, config, sequence_of(kv, queries.cu_seqlens_q, task.sequence), task.kv_head,
+                      task.first_position, task.num_rows);
+}
+
 template <class T>
 void select_tree(const PagedKV &kv, const Queries &queries, const Stats &stats, TreeConfig config,
-                 const Lists &lists, const Outputs *to) {
+                 const Lists &lists) {
   if (!queries.cu_seqlens_q) config.sibling_blocks = 1;
   const std::vector<TreeTask> tasks = tree_tasks(kv, queries, config, lists);
   parallel_for(int64_t(tasks.size()), kv.num_threads, [&](int64_t i) {
     const TreeTask &task = tasks[size_t(i)];
     const int64_t row = task.slot * kv.num_kv_heads + task.kv_head;
-    int32_t *indices = lists.indices + row * config.budget, *counts = lists.counts + row;
-    TreeGroup<T> group(kv, queries, stats, config, sequence_of(kv, queries.cu_seqlens_q, task.sequence),
-                       task.kv_head, task.first_position, task.num_rows);
-    to ? group.attend(indices, counts, kv.num_kv_heads, *to) : group.select(indices, counts, kv.num_kv_heads);
+    group_of<T>(kv, queries, stats, config, task)
+        .select(lists.indices + row * config.budget, lists.counts + row, kv.num_kv_heads);
+  });
+}
+
+// Prefill where every head has lists of its own, ranked by all 64 rows of a block: selects, and attends.
+template <class T>
+void select_and_attend(const PagedKV &kv, const Queries &queries, const Stats &stats, const TreeConfig &config,
+                       const Lists &lists, const Outputs &to) {
+  const std::vector<TreeTask> tasks = tree_tasks(kv, queries, config, lists);
+  std::vector<Blocks> to_rank(tasks.size());
+  parallel_for(int64_t(tasks.size()), kv.num_threads, [&](int64_t i) {
+    to_rank[size_t(i)] = group_of<T>(kv, queries, stats, config, tasks[size_t(i)]).blocks_to_rank();
+  });
+  std::vector<std::pair<size_t, int>> query_blocks;  // of which task, and its number there
+  for (size_t i = 0; i < tasks.size(); ++i)
+    for (int block = 0; block * 64 < tasks[i].num_rows; ++block) query_blocks.emplace_back(i, block);
+  parallel_for(int64_t(query_blocks.size()), kv.num_threads, [&](int64_t i) {
+    const auto [index, block] = query_blocks[size_t(i)];
+    const TreeTask &task = tasks[index];
+    const int64_t row = (task.slot + block) * kv.num_kv_heads + task.kv_head;
+    lists.counts[row] = group_of<T>(kv, queries, stats, config, task)
+                            .attend_block(to_rank[index], block, lists.indices + row * config.budget, to);
   });
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -178,5 +179,8 @@ def test_a_long_context_is_read_dense_and_sparse(tiny_directory: Path) -> None:
     assert 0 < row["sparse_tokens_per_query"] < 200
     (ratio,) = long_context.chunks_over_whole(dense[1:], {1024: steps[0]}, 256).values()
     assert ratio == pytest.approx(row["dense_s"] / dense[1].seconds.total_s)
-    seconds = bench.decode(1024, LITTLE, 1)
-    assert long_context.decode_row(1024, *seconds)["dense_tokens_per_s"] == 1 / seconds[0]
+    quest = msgspec.structs.replace(LITTLE, selector="quest")
+    logits = [bench.decode_step(1024, chosen)() for chosen in (None, LITTLE, quest)]
+    assert [own.shape for own in logits] == [(1, model.spec.vocab_size)] * 3
+    assert not any(torch.equal(logits[0], own) for own in logits[1:])
+    assert all(0 < seconds < 10 for seconds in bench.decode(1024, LITTLE, 1))

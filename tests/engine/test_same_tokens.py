@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrelay import SamplingParams
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm, until_preempted
+from tiny_engine import assert_all_blocks_home, greedy, once, prompts, tiny_llm, until_preempted
 
 LENGTHS = (1, 2, 64, 65, 66, 129, 300)
 MAX_TOKENS = 140
@@ -65,14 +65,14 @@ def test_greedy_tokens_equal_those_of_transformers(tiny_directory: Path, way: st
     if way == "nixl":
         pytest.importorskip("nixl", reason="extra nixl")
     with tiny_llm(tiny_directory, **WAYS[way]) as llm:
-        outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
+        serve = until_preempted if "preempted" in way else once
+        outputs, *tries = serve(llm, prompts(*LENGTHS), greedy(MAX_TOKENS))
         again = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
-        tries = until_preempted(llm, prompts(*LENGTHS), greedy(MAX_TOKENS)) if "preempted" in way else []
         report = llm.report()
         assert_all_blocks_home(llm)
         leaked = llm.engine.close()
     assert [output.token_ids for output in outputs] == _transformers(tiny_directory)
-    for later in (again, *tries):
+    for later in (*tries, again):
         assert [output.token_ids for output in later] == _transformers(tiny_directory), "after a prefix hit"
     assert [output.num_cached_tokens for output in outputs] == [0] * len(LENGTHS)
     if "num_kv_blocks" not in WAYS[way] and "2P2D" not in way:

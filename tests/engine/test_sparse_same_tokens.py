@@ -14,7 +14,15 @@ from kvrelay import SamplingParams, SparseAttention, StreamEvent, outputs
 from kvrelay.errors import InvalidConfig, InvalidRequest
 from kvrelay.models.spec import ModelSpec
 from kvrelay.request_checks import check_layers
-from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm, until_preempted, write_tiny_model
+from tiny_engine import (
+    assert_all_blocks_home,
+    greedy,
+    once,
+    prompts,
+    tiny_llm,
+    until_preempted,
+    write_tiny_model,
+)
 
 SHORT = (1, 2, 3, 5, 8, 13)  # prefilled at once, 3 blocks each at their end: more than pools of 17 hold
 LENGTHS = (*SHORT, 65, 257, 300, 513, 700, 840)
@@ -56,14 +64,14 @@ def test_sparse_tokens_are_equal_in_every_way(
     tiny_directory: Path, way: str, expected: dict[str, list[list[int]]]
 ) -> None:
     with tiny_llm(tiny_directory, attention=SPARSE, **WAYS[way]) as llm:
-        outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
-        tries = until_preempted(llm, prompts(*LENGTHS), greedy(MAX_TOKENS)) if "preempted" in way else []
+        serve = until_preempted if "preempted" in way else once
+        tries = serve(llm, prompts(*LENGTHS), greedy(MAX_TOKENS))
         assert_all_blocks_home(llm)
-    for found in (outputs, *tries):
+    for found in tries:
         assert [output.token_ids for output in found] == expected["sparse"]
-    for output in outputs:
+    for output in tries[0]:
         assert output.attention["decode"].attended_tokens_per_query <= (192 * 3 + 980) / 4
-    longest = outputs[-1].attention
+    longest = tries[0][-1].attention
     assert longest["prefill"].share_of_pairs < 0.7
     assert longest["decode"].share_of_pairs < 0.5
 

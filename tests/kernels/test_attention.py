@@ -83,6 +83,22 @@ def test_sparse_prefill_is_selection_then_attention(
     assert_accurate(tuple(got), batch, batch.q, batch.q_lens, chosen)
 
 
+def test_sparse_prefill_refuses_what_its_parts_refuse(impl: str, working_dtype: torch.dtype) -> None:
+    batch = make_batch([(64, 70)], heads=(2, 2), dtype=working_dtype)
+    config, stats = kk.SelectionConfig(budget=4, sampled_queries=64), kk.kv_block_stats(batch.kv)
+
+    def refused(match: str, **changed: object) -> None:
+        given = {"q": batch.q, "kv": batch.kv, "cu_seqlens_q": batch.cu_seqlens_q, "config": config}
+        with pytest.raises(kk.InvalidArgument, match=match):
+            kk.sparse_prefill(**{**given, "stats": stats, "impl": impl, **changed})
+
+    refused("stats: needed", stats=None)
+    refused("stats", stats=kk.KVBlockStats.empty(batch.kv.k_pages[1:]))
+    refused("scale: needed a positive number", scale=0.0)
+    refused("multiple of 64", kv=replace(batch.kv, seq_lens=batch.kv.seq_lens - 1))
+    refused("cu_seqlens_q: needed dtype int32", cu_seqlens_q=batch.cu_seqlens_q.long())
+
+
 def test_a_row_whose_best_block_is_not_in_the_list(impl: str, working_dtype: torch.dtype) -> None:
     """One row's logits are 225 there, where all others' are -20: its weights elsewhere must not be lost."""
     batch = make_batch([(64 * 8, 64)], heads=(1, 1), dtype=working_dtype)

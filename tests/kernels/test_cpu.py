@@ -102,6 +102,18 @@ def test_every_instruction_set_group_and_head_dim(
         assert_all_operations_accurate(make_batch(EDGES, heads=heads, head_dim=head_dim, dtype=dtype))
 
 
+def first_heads(batch: Batch) -> Batch:
+    """The first query head of each group alone: strided queries, a list for each."""
+    return replace(batch, q=batch.q[:, :: batch.q.shape[1] // batch.kv.num_kv_heads])
+
+
+def sparse_prefill_by_head(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, kk.BlockSelection]:
+    """Selection by all rows, and attention, in one call."""
+    stats = kk.kv_block_stats(batch.kv, impl="cpu-native")
+    config = kk.SelectionConfig(budget=4, sampled_queries=64, candidate_factor=1.5, top_p=0.9)
+    return kk.sparse_prefill(batch.q, batch.kv, batch.cu_seqlens_q, config, stats=stats, impl="cpu-native")
+
+
 def assert_all_operations_accurate(batch: Batch) -> None:
     """Dense and sparse, prefill and decode, on outputs and unread slots full of NaN."""
     impl, ones = "cpu-native", [1] * batch.kv.batch
@@ -111,6 +123,9 @@ def assert_all_operations_accurate(batch: Batch) -> None:
     poisoned = poison_unselected(batch, selection).kv
     got = kk.block_sparse_prefill(batch.q, poisoned, batch.cu_seqlens_q, selection, impl=impl)
     assert_accurate(got, batch, batch.q, batch.q_lens, selection)
+    alone = first_heads(batch)
+    *got, selection = sparse_prefill_by_head(alone)
+    assert_accurate(tuple(got), alone, alone.q, alone.q_lens, selection)
     q = decode_queries(batch)
     assert_accurate(kk.paged_decode(q, batch.kv, impl=impl), batch, q, ones, None)
     selection = random_selection(batch, 3, decode=True)
@@ -210,8 +225,22 @@ def run_everything(batch: Batch) -> list[torch.Tensor]:
         *kk.paged_prefill(*arguments, impl="cpu-native"),
         *kk.block_sparse_prefill(*arguments, selection, impl="cpu-native"),
         *kk.paged_decode(q, batch.kv, impl="cpu-native"),
+        *sparse_prefill_by_head(first_heads(batch))[:2],
         selection.indices,
     ]
+
+
+@built
+def test_more_blocks_than_weights_are_kept_for_give_the_same() -> None:
+    """Each query block ranks all that it sees, 257 to 260 of them: no weights are kept."""
+    batch = make_batch([(64 * 256, 4 * 64)], heads=(1, 1), dtype=torch.float32)
+    config = kk.SelectionConfig(budget=260, sampled_queries=64, top_p=0.4)
+    stats = kk.kv_block_stats(batch.kv, impl="cpu-native")
+    *got, selection = kk.sparse_prefill(
+        batch.q, batch.kv, batch.cu_seqlens_q, config, stats=stats, impl="cpu-native"
+    )
+    assert 0 < selection.counts[:4].max() < 200
+    assert_accurate(tuple(got), batch, batch.q, batch.q_lens, selection)
 
 
 @built

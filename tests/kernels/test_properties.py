@@ -15,12 +15,12 @@ if TRITON:
     pytest.skip("properties hold on the CPU implementations, which are quick", allow_module_level=True)
 
 IMPLS = ["reference", "cpu-torch", *(["cpu-native"] if instruction_set() else [])]
-HEADS = [(1, 1), (4, 2), (6, 2), (5, 1), (8, 1)]
+HEADS = [(1, 1), (2, 2), (4, 2), (6, 2), (5, 1), (8, 1)]
 
 drawn = given(
     impl=st.sampled_from(IMPLS),
     heads=st.sampled_from(HEADS),
-    samples=st.sampled_from([1, 2, 3, 5]),
+    samples=st.sampled_from([1, 2, 3, 5, 64]),
     siblings=st.sampled_from([1, 2, 4]),
     tokens=st.integers(1, 64 * 14),
     seed=st.integers(0, 10**6),
@@ -39,8 +39,8 @@ def sparse(
 ) -> tuple[kk.BlockSelection, torch.Tensor]:
     """Statistics, selection and attention of a batch: its lists and its output."""
     stats = kk.kv_block_stats(kv, impl=impl)
-    chosen = kk.select_blocks(q, kv, config, cu_seqlens_q=cu, stats=stats, impl=impl)
-    return chosen, kk.block_sparse_prefill(q, kv, cu, chosen, impl=impl)[0]
+    out, _, chosen = kk.sparse_prefill(q, kv, cu, config, stats=stats, impl=impl)
+    return chosen, out
 
 
 def first_tokens(batch: Batch, count: int) -> tuple[torch.Tensor, kk.PagedKV, torch.Tensor]:
@@ -87,8 +87,7 @@ def test_chunks_cut_at_sibling_groups_give_the_whole(impl, heads, samples, sibli
         cu = torch.tensor([0, last - first], dtype=torch.int32)
         kk.update_kv_block_stats(stats, kv, cu[1:], impl=impl)
         q = batch.q[first:last]
-        chosen = kk.select_blocks(q, kv, config, cu_seqlens_q=cu, stats=stats, impl=impl)
-        parts.append(kk.block_sparse_prefill(q, kv, cu, chosen, impl=impl)[0])
+        parts.append(kk.sparse_prefill(q, kv, cu, config, stats=stats, impl=impl)[0])
     torch.testing.assert_close(torch.cat(parts), whole)
 
 

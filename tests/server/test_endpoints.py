@@ -71,6 +71,8 @@ def test_tokens_and_text_come_back(client: httpx.Client, served: Served) -> None
     assert client.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
     chat = client.post("/tokenize", json={"messages": HI}).json()
     assert chat["tokens"] == served.engine.tokenizer.encode("<|user|>hi\n<|assistant|>")
+    much = {"messages": [{"role": "user", "content": "x" * 200_000}]}
+    assert_is_error(client.post("/tokenize", json=much), 400, "messages: 2000", "messages")
     assert_is_error(client.post("/tokenize", json={}), 400, "exactly one of prompt and messages", "prompt")
     assert_is_error(
         client.post("/detokenize", json={"tokens": [258]}), 400, "258 is not in 0 to 257", "tokens"

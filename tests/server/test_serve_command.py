@@ -1,5 +1,6 @@
 """`kvrelay serve` as a process: what it says, how it ends, why it does not start; and its settings."""
 
+import http.client
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -113,6 +115,25 @@ def test_a_second_signal_does_not_wait(tiny_directory: Path, no_leftovers: None)
             begin_s = time.monotonic()
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0
+        assert time.monotonic() - begin_s < 10, "it had thirty seconds to drain"
+
+
+def test_a_body_on_its_way_does_not_hold_the_server(tiny_directory: Path, no_leftovers: None) -> None:
+    with process(tiny_directory) as (server, url):
+        address = urlsplit(url)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"prompt":')
+        assert httpx.get(f"{url}/health").status_code == 200  # by then it is being read
+        begin_s = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        answer = connection.getresponse()
+        assert answer.status == 503
+        assert json.loads(answer.read())["error"]["code"] == "shutting_down"
+        connection.close()
+        assert server.wait(20) == 0
         assert time.monotonic() - begin_s < 10, "it had thirty seconds to drain"
 
 

@@ -21,8 +21,10 @@ from kvrelay.config import cache_home
 from kvrelay.errors import InvalidConfig
 from kvrelay.sparse import BLOCK_TOKENS, GROUP_TOKENS, SparseAttention
 from kvrelay.types import KVLayout
+from kvrelay.version import __version__
 from kvrelay_kernels import measure_crossover
 from kvrelay_kernels.cpu import cpu_backend
+from kvrelay_kernels.cpu.native.library import instruction_set, library
 
 FILE = "crossover.json"
 MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
@@ -85,9 +87,11 @@ def _measure(sparse: SparseAttention, place: Place) -> int:
 def _key(sparse: SparseAttention, place: Place) -> str:
     """Everything the answer depends on; the same in all workers of an engine."""
     layout = place.layout
+    kernels = library().kvr_sources() if instruction_set() else None
     boards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     parts = {
-        "host": [platform.node(), *(boards or [platform.processor()]), cpu_backend(), torch.__version__],
+        "host": [platform.node(), *(boards or [platform.processor()])],
+        "code": [cpu_backend(), kernels, __version__, torch.__version__],
         "workers": list(place.workers),
         "shape": [place.num_q_heads, layout.num_kv_heads, layout.head_dim, layout.dtype],
         "settings": msgspec.to_builtins(sparse),

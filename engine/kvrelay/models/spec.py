@@ -180,8 +180,8 @@ def _sizes(config: Mapping[str, Any], family: Family, source: Path) -> dict[str,
 
 def _positive(config: Mapping[str, Any], key: str, source: Path, default: int | None = None) -> int:
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int) or value <= 0:
-        raise ModelError(f"{source}: {key} must be a positive integer, not {value!r}")
+    if not isinstance(value, int) or not 0 < value < 2**31:
+        raise ModelError(f"{source}: {key} must be a positive integer below 2**31, not {value!r}")
     return value
 
 

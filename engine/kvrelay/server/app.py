@@ -102,7 +102,7 @@ def _add_generation(router: APIRouter, service: Service, documents: Documents) -
 
 async def _read(service: Service, request: Request, kind: type[Body]) -> Body:
     """The document sent; the header `X-KVRelay: 1` asks for ledger and joules as the field `kvrelay` does."""
-    asked = parse(await read_body(request, service.config), kind)
+    asked = parse(await read_body(request, service), kind)
     service.check_model(asked.model)
     if request.headers.get("x-kvrelay", "").lower() in ("1", "true"):
         asked = msgspec.structs.replace(asked, kvrelay=True)

@@ -8,30 +8,39 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from kvrelay.errors import EngineClosed
 from kvrelay.server.errors import Refused
 from kvrelay.server.generation import ClientGone
-from kvrelay.server_config import ServerConfig
+from kvrelay.server.service import Service
 
 IS_READ = "kvrelay.is_read"  # in the scope once all of the body has come
 LINGER_S, LINGER_BYTES = 2.0, 2**26  # how much of a refused body is still read
 
 
-async def read_body(request: Request, config: ServerConfig) -> bytes:
-    """The whole body. Raises `Refused` when it is not JSON by name, too long, or too slow."""
+async def read_body(request: Request, service: Service) -> bytes:
+    """The whole body. Raises `Refused` when it is not JSON by name, too long, or too slow; `EngineClosed`
+    when the server begins to shut down meanwhile.
+    """
+    config = service.config
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a browser cannot send this to a foreign site without asking first
         raise Refused(415, f"content-type={kind!r}: expected application/json")
-    body = bytearray()
+    body, limit = bytearray(), asyncio.timeout(config.body_timeout_s)
+    service.reading.add(limit)
     try:
-        async with asyncio.timeout(config.body_timeout_s):
+        async with limit:
             async for piece in request.stream():
                 body += piece
                 if len(body) > config.max_body_bytes:
                     raise Refused(413, f"the body has more than {config.max_body_bytes} bytes")
     except TimeoutError:
+        if service.draining.is_set():
+            raise EngineClosed("the server is shutting down") from None
         raise Refused(408, f"the body did not arrive within {config.body_timeout_s:g} s") from None
     except ClientDisconnect:
         raise ClientGone from None
+    finally:
+        service.reading.discard(limit)
     request.scope[IS_READ] = True
     return bytes(body)
 

@@ -1,6 +1,7 @@
 """The routes beside generation: what is served, whether it is well, what it has measured, tokens and text."""
 
 import asyncio
+from contextlib import nullcontext
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -10,7 +11,7 @@ from kvrelay.metrics import CONTENT_TYPE, Report
 from kvrelay.server.body import read_body
 from kvrelay.server.logprobs import spelled
 from kvrelay.server.openapi import Documents
-from kvrelay.server.plan import encode, render
+from kvrelay.server.plan import encode, naming_messages, render
 from kvrelay.server.requests import (
     DetokenizeRequest,
     RoleRequest,
@@ -83,7 +84,7 @@ def _add_roles(router: APIRouter, service: Service, documents: Documents) -> Non
     )
     async def role(worker_id: str, request: Request) -> Response:
         """Change what a worker does: drained, switched, verified by a real request, or rolled back."""
-        asked = parse(await read_body(request, service.config), RoleRequest)
+        asked = parse(await read_body(request, service), RoleRequest)
         change = asyncio.wrap_future(service.engine.set_role(worker_id, asked.role))
         epoch = await asyncio.shield(change)  # a client that leaves does not leave it half done
         return _json(RoleChanged(worker_id=worker_id, role=asked.role, epoch=epoch))
@@ -106,14 +107,14 @@ def _add_tokens(router: APIRouter, service: Service, documents: Documents) -> No
     @router.post("/tokenize", **documents.route(Tokenized, body=TokenizeDocument))
     async def tokenize(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        asked = parse(await read_body(request, service.config), TokenizeRequest)
+        asked = parse(await read_body(request, service), TokenizeRequest)
         service.check_model(asked.model)
         return _json(await _tokenize(service, asked))
 
     @router.post("/detokenize", **documents.route(Detokenized, body=DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones left out."""
-        asked = parse(await read_body(request, service.config), DetokenizeRequest)
+        asked = parse(await read_body(request, service), DetokenizeRequest)
         service.check_model(asked.model)
         size, longest = service.engine.spec.vocab_size, service.engine.max_model_len
         if len(asked.tokens) > longest:
@@ -134,7 +135,8 @@ async def _tokenize(service: Service, asked: TokenizeRequest) -> Tokenized:
     else:
         text = asked.prompt or ""
     special = asked.messages is None if asked.add_special_tokens is None else asked.add_special_tokens
-    tokens = await encode(engine, text, add_special_tokens=special)
+    with naming_messages() if asked.messages is not None else nullcontext():
+        tokens = await encode(engine, text, add_special_tokens=special)
     spellings = None
     if asked.return_token_strs:
         spellings = [spelled(engine.tokenizer, token) for token in tokens]

@@ -5,7 +5,8 @@ Everything that can be refused is refused here, before anything is submitted.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -101,10 +102,8 @@ async def plan_chat(engine: Engine, asked: ChatRequest) -> Plan:
         raise InvalidRequest("max_tokens=0: expected at least 1")
     text = render(engine, asked.messages, add_generation_prompt=asked.add_generation_prompt is not False)
     params = _params(asked, engine.max_model_len if limit is None else limit, logprobs)
-    try:
+    with naming_messages():
         one = await _prepare(engine, text, params, asked.add_special_tokens is True, arrived_s)
-    except ContextLengthExceeded as error:  # the prompt is what the messages became
-        raise ContextLengthExceeded(str(error).replace("prompt", "messages", 1)) from None
     _check_length(engine, one, limit or 1)
     n = asked.n or 1
     plan = Plan(prompts=[text], prepared=_repeat(one, n), n=n, with_measured=asked.kvrelay is True)
@@ -123,6 +122,15 @@ def render(engine: Engine, messages: Sequence[ChatMessage], *, add_generation_pr
         return engine.tokenizer.apply_chat_template(plain, add_generation_prompt)
     except ModelError as error:
         raise InvalidRequest(f"messages: {error}") from None
+
+
+@contextmanager
+def naming_messages() -> Iterator[None]:
+    """A prompt that is too long is, to the client, what its messages became."""
+    try:
+        yield
+    except ContextLengthExceeded as error:
+        raise ContextLengthExceeded(str(error).replace("prompt", "messages", 1)) from None
 
 
 async def encode(engine: Engine, text: str, *, add_special_tokens: bool) -> list[int]:

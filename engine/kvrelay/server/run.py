@@ -119,6 +119,9 @@ class DrainingServer(uvicorn.Server):
         loop, service = asyncio.get_running_loop(), self._service
         error = EngineClosed(f"the server shut down, and waited {service.config.drain_timeout_s:g} s for it")
         late = loop.call_later(service.config.drain_timeout_s, service.engine.fail_all, error)
+        for limit in service.reading:  # nothing has begun of those requests: they are not waited for
+            if not limit.expired():
+                limit.reschedule(loop.time())
         try:
             await super().shutdown(sockets)
         finally:

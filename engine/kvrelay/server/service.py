@@ -12,12 +12,16 @@ from kvrelay.server_config import ServerConfig
 
 @dataclass(slots=True)
 class Service:
-    """One running server; `draining` is set when it takes no more requests."""
+    """One running server; `draining` is set when it takes no more requests.
+
+    `reading` has the time limits of bodies that are on their way.
+    """
 
     engine: Engine
     config: ServerConfig
     created: int = field(default_factory=lambda: int(time.time()))
     draining: asyncio.Event = field(default_factory=asyncio.Event)
+    reading: set[asyncio.Timeout] = field(default_factory=set)
     bridge: EventBridge = field(init=False)
 
     @property

@@ -5,7 +5,7 @@ from torch import Tensor
 from kvrelay_kernels.api.attention import softmax_scale
 from kvrelay_kernels.api.block_sparse_prefill import block_sparse_prefill
 from kvrelay_kernels.api.select_blocks import select_blocks
-from kvrelay_kernels.cpu.native.sparse_prefill import ranks_what_it_reads
+from kvrelay_kernels.cpu.native.select_and_attend import ranks_what_it_reads, select_and_attend
 from kvrelay_kernels.dispatch import implementation, resolve
 from kvrelay_kernels.layout import PagedKV, check_queries
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
@@ -24,18 +24,16 @@ def sparse_prefill(
 ) -> tuple[Tensor, Tensor, BlockSelection]:
     """``select_blocks``, then ``block_sparse_prefill`` over what was selected.
 
-    In one pass over the keys where that can be (``cpu-native``, ``tree``, a list for each query head, ranked
-    by all 64 rows of a block): the logits that rank are then those that attention needs.
+    Where lists are ranked by all 64 rows of a block, each for a single query head (``cpu-native``, ``tree``),
+    their logits are computed once for both.
 
-    Arguments and errors as of the two. Returns ``(out, lse, selection)``; ``out`` and ``lse`` may differ from
-    those of the two by rounding, from one of these ways to the other.
+    Arguments, errors and implementations as of the two. Returns ``(out, lse, selection)``.
     """
     check_queries(q, kv, cu_seqlens_q)
     if resolve("select_blocks", impl, q) == "cpu-native" and ranks_what_it_reads(q, kv, config):
+        implementation("select_blocks", impl, q)  # raises where it cannot run
         if stats is not None:
             stats.check(kv)
-        kernel = implementation("sparse_prefill", "cpu-native", q)
-        out, lse, selection = kernel(q, kv, cu_seqlens_q, config, stats, softmax_scale(scale, kv))
-        return out, lse, selection
+        return select_and_attend(q, kv, cu_seqlens_q, config, stats, softmax_scale(scale, kv))
     selection = select_blocks(q, kv, config, cu_seqlens_q=cu_seqlens_q, stats=stats, scale=scale, impl=impl)
     return *block_sparse_prefill(q, kv, cu_seqlens_q, selection, scale=scale, impl=impl), selection

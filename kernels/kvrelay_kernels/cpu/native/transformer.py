@@ -136,7 +136,9 @@ class Transformer:
         self.num_q_heads, self.num_kv_heads = model.num_q_heads, model.num_kv_heads
 
     def first_layers(self, count: int) -> "Transformer":
-        """The model with so many layers, on the same weights."""
+        """The model with so many layers, on the same weights. Raises ``InvalidArgument``."""
+        if not 1 <= count <= self.num_layers:
+            raise InvalidArgument("count", needed=f"1 to {self.num_layers} layers", got=count)
         return Transformer(replace(self._model, layers=self._model.layers[:count]))
 
     def embed(self, token_ids: Tensor) -> Tensor:

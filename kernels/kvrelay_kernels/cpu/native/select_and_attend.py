@@ -1,4 +1,4 @@
-"""C++ ``sparse_prefill``, where selection has computed what attention needs: ``csrc/tree_selection.h``."""
+"""C++ selection whose logits serve attention too (``csrc/tree_selection.h``): no operation of its own."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def ranks_what_it_reads(q: Tensor, kv: PagedKV, config: SelectionConfig) -> bool
     return is_ranked_by_all and q.shape[1] == kv.num_kv_heads
 
 
-def sparse_prefill(
+def select_and_attend(
     q: Tensor,
     kv: PagedKV,
     cu_seqlens_q: Tensor,
@@ -23,6 +23,7 @@ def sparse_prefill(
     stats: KVBlockStats | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, BlockSelection]:
-    """See ``kvrelay_kernels.api.sparse_prefill``; ``ranks_what_it_reads`` must hold."""
+    """``out``, ``lse`` and the lists of a prefill where ``ranks_what_it_reads``."""
+    assert ranks_what_it_reads(q, kv, config)
     out, lse, to = outputs(q)
     return out, lse, select_by_tree(q, kv, config, cu_seqlens_q, stats, scale, to)
