@@ -124,10 +124,10 @@ def router_step(num_tokens: int) -> Operation:
 
 def router_decision(num_workers: int) -> Operation:
     """Choose a pair for a request, tell its decode worker, and forget the request."""
-    router, waiting = _router(num_workers), routed(0)
+    router = _router(num_workers)
 
     def decide() -> None:
-        waiting.attempt = 0
+        waiting = routed(0)  # a new one: its ledger grows with what happens to it
         router.submit(waiting, 0.0)
         assert waiting.decode is not None
         router.finish(waiting.request_id, "abort", 0.0)
