@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kvrelay_kernels.cpu.native.arguments import outputs
-from kvrelay_kernels.cpu.native.select_blocks import select_by_tree
+from kvrelay_kernels.cpu.native.select_blocks import select_blocks
 from kvrelay_kernels.layout import BLOCK_SIZE, PagedKV
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
 from kvrelay_kernels.stats import KVBlockStats
@@ -26,4 +26,4 @@ def select_and_attend(
     """``out``, ``lse`` and the lists of a prefill where ``ranks_what_it_reads``."""
     assert ranks_what_it_reads(q, kv, config)
     out, lse, to = outputs(q)
-    return out, lse, select_by_tree(q, kv, config, cu_seqlens_q, stats, scale, to)
+    return out, lse, select_blocks(q, kv, config, cu_seqlens_q, stats, scale, to)

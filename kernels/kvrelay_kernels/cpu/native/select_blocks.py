@@ -22,23 +22,11 @@ def select_blocks(
     cu_seqlens_q: Tensor | None,
     stats: KVBlockStats | None,
     scale: float,
+    to: Argument | None = None,
 ) -> BlockSelection:
-    """See ``kvrelay_kernels.api.select_blocks``."""
+    """See ``kvrelay_kernels.api.select_blocks``; attention over the lists goes ``to`` outputs, if given."""
     if config.selector != "tree":
         return select_blocks_in_torch(q, kv, config, cu_seqlens_q, stats, scale)
-    return select_by_tree(q, kv, config, cu_seqlens_q, stats, scale, None)
-
-
-def select_by_tree(
-    q: Tensor,
-    kv: PagedKV,
-    config: SelectionConfig,
-    cu_seqlens_q: Tensor | None,
-    stats: KVBlockStats | None,
-    scale: float,
-    to: Argument | None,
-) -> BlockSelection:
-    """The lists; with ``to``, of ``outputs``, attention over them goes there."""
     if stats is None:
         raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
     selection = empty_selection(q, kv, config, cu_seqlens_q)
