@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -360,6 +361,17 @@ def test_boards_of_different_kinds_share_one_measurement(monkeypatch: pytest.Mon
     assert crossover._key(SparseAttention(), place) == first
     boards[1] = "T4"
     assert crossover._key(SparseAttention(), place) != first
+
+
+def test_other_kernels_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    keys = []
+    for sources in (1, 2):
+        library = SimpleNamespace(kvr_sources=lambda sources=sources: sources)
+        monkeypatch.setattr(crossover, "instruction_set", lambda: "avx2")
+        monkeypatch.setattr(crossover, "library", lambda library=library: library)
+        keys.append(crossover._key(SparseAttention(), place))
+    assert keys[0] != keys[1]
 
 
 def test_softmax_scale_is_the_models() -> None:

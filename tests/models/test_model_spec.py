@@ -81,6 +81,7 @@ def test_old_and_new_rope_forms_are_one(old: dict[str, Any], tmp_path: Path) -> 
         ({"hidden_size": "absent"}, ["hidden_size", "positive"]),
         ({"num_key_value_heads": -2}, ["num_key_value_heads", "positive", "-2"]),
         ({"head_dim": "64"}, ["head_dim", "positive", "'64'"]),
+        ({"max_position_embeddings": 2**31}, ["max_position_embeddings", "below 2**31"]),
         ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "more than 300 digits"]),
         ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "finite"]),
