@@ -34,26 +34,23 @@ NEEDLE_LENGTHS = ((1024, 2048), (4096, 6144, 7424))  # of one context each
 RULER_LENGTHS = (4096, 7424)
 TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472
-SHARED = SparseAttention(
-    budget_tokens=1024, local_blocks=8, top_p=None, exact=False, dense_below_tokens=0
-)  # one list for the heads of a group, ranked by two queries of 64
+FIXED = SparseAttention(budget_tokens=1024, dense_below_tokens=0, top_p=None)
+SHARED = replace(FIXED, local_blocks=8, exact=False)  # one list a KV group, ranked by two queries of 64
+COMPARED = ("quest", "mean_pool", "two_stage", "antidiagonal", "local", "oracle")
 SETTINGS: dict[str, SparseAttention | None] = {
     "dense": None,
     "default": SparseAttention(dense_below_tokens=0),
     "2048": SparseAttention(budget_tokens=2048, dense_below_tokens=0),
-    "1024": SparseAttention(budget_tokens=1024, dense_below_tokens=0, top_p=None),
-    "512": SparseAttention(budget_tokens=512, dense_below_tokens=0, top_p=None),
-    "quest-1024": SparseAttention(selector="quest", budget_tokens=1024, dense_below_tokens=0, top_p=None),
-    "mean_pool-1024": SparseAttention(
-        selector="mean_pool", budget_tokens=1024, dense_below_tokens=0, top_p=None
-    ),
+    "1024": FIXED,
+    "512": replace(FIXED, budget_tokens=512),
+    **{f"{selector}-1024": replace(FIXED, selector=selector) for selector in COMPARED},
     "shared-1024": SHARED,
     "shared-4096": replace(SHARED, budget_tokens=4096),
 }
 ORDER = (  # of jobs: rows of the table that come together
     ("dense", "default"),
     ("2048", "1024", "quest-1024", "mean_pool-1024"),
-    ("512", "shared-1024", "shared-4096"),
+    ("512", "local-1024", "oracle-1024", "shared-1024", "shared-4096", "two_stage-1024", "antidiagonal-1024"),
 )
 PARTS = ("needle", "text", "ruler")
 MOST_ROUNDS = 20

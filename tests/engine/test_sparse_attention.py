@@ -381,3 +381,18 @@ def test_softmax_scale_is_the_models() -> None:
     sequence.attend(300, 1, prompt_end=300)
     scores = sequence.k[:301, 0] @ sequence.q[300, 0] / math.sqrt(HEAD_DIM)
     torch.testing.assert_close(sequence.outs[-1][0, 0], scores.softmax(0) @ sequence.v[:301, 0])
+
+
+def test_exact_lists_are_the_best_whatever_the_budget() -> None:
+    """Bounds leave no block out of a prompt of fewer than 8,192 tokens: lists are those of the oracle."""
+    settings, prompt = msgspec.structs.replace(SMALL, top_p=None), 15 * BLOCK_SIZE
+    found = {
+        (selector, exact): Sequence_(
+            msgspec.structs.replace(settings, selector=selector, exact=exact)
+        ).attend(prompt, *[1] * (TOTAL - prompt), prompt_end=prompt)
+        for selector in ("tree", "oracle")
+        for exact in (False, True)
+    }
+    torch.testing.assert_close(found["tree", True], found["oracle", True], atol=1e-5, rtol=1e-5)
+    for rows in (slice(None, prompt), slice(prompt, None)):
+        assert not torch.allclose(found["tree", False][rows], found["oracle", False][rows], atol=1e-3)

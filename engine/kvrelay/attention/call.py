@@ -27,6 +27,9 @@ from kvrelay_kernels import (
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+LEAST_CANDIDATES = 8192 // BLOCK_SIZE
+"""Blocks that `exact` ranks by their keys, however small the budget; docs/sparse.md says what that brings."""
+
 
 def dense_backend(like: torch.Tensor) -> str:
     """What computes dense attention on tensors like `like [..., head_dim]`.
@@ -51,8 +54,11 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
         local_blocks=recent,
         top_p=None if sparse.selector == "local" else sparse.top_p,  # it estimates no shares
     )
-    every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
-    return replace(config, sampled_queries=BLOCK_SIZE) if every_row_ranks else config
+    if not sparse.exact:
+        return config
+    factor = max(config.candidate_factor, (LEAST_CANDIDATES + 0.5) / config.budget)
+    rows = config.sampled_queries if one_by_one else BLOCK_SIZE  # a single row ranks by itself anyway
+    return replace(config, candidate_factor=factor, sampled_queries=rows)
 
 
 def lists_per_group(sparse: SparseAttention, num_q_heads: int, num_kv_heads: int) -> int:
