@@ -23,6 +23,7 @@ COLUMNS = (
     "ruler",
     "ruler_of_dense",
 )
+PANELS_ABREAST = 7
 HEAT_MAP = Path(__file__).parents[1] / "docs" / "quality-needles.png"
 Key = tuple[str, int, int]  # part, length, seed
 
@@ -71,10 +72,14 @@ def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: P
     panels = {name: found for name, found in needles.items() if found}
     if not panels:
         return
+    columns = min(len(panels), PANELS_ABREAST)
+    rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1.8 * len(panels) + 0.6, 3.4), squeeze=False, sharey=True
+        rows, columns, figsize=(1.8 * columns + 0.6, 3.0 * rows + 0.4), squeeze=False, sharey=True
     )
-    for axis, (name, found) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, found) in zip(axes.flat, panels.items(), strict=False):
         lengths = sorted(found, key=int)
         none = {"found": math.nan}
         grid = [[found[length].get(str(depth), none)["found"] for length in lengths] for depth in DEPTHS]

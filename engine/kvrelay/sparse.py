@@ -33,9 +33,9 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     generated tokens. `top_p` stops before the budget, once the blocks taken hold that share of the attention
     to the candidates; None reads the whole budget.
 
-    With `exact`, each query head has a list of its own, ranked by every query of a block. Without, the heads
-    of a KV group share one, ranked by two of a block's 64 queries: that is chosen in less time, and further
-    from dense at the same number of keys.
+    With `exact`, each query head has a list of its own, ranked by every query of a block, by 8,192 keys or
+    twice the budget. Without, the heads of a KV group share one, ranked by two of a block's 64 queries, by
+    twice the budget: that is chosen in less time, and further from dense at the same number of keys.
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
