@@ -6,7 +6,8 @@
 One prefill worker and several decode workers that take turns. `cold`: the first request, whose prompt is
 computed while its KV leaves. `cached`: the same prompt again, for decode workers that have none of it; the
 prefill worker has all but the last tokens, so that the transfer is what the first token waits for. Lists are
-shared by a group's heads: with lists of their own, the heads together want most blocks of so short a prompt.
+shared by a group's heads, and ranked by twice the budget: heads with lists of their own together want most
+blocks of so short a prompt, and 8,192 candidates are all of it.
 The gate: every request gave the same tokens, and a full hand-off never stalled.
 """
 
@@ -61,6 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--budget-tokens", type=int, default=1024)
     parser.add_argument("--local-blocks", type=int, default=8)
+    parser.add_argument("--candidate-tokens", type=int, default=0, help="0: twice the budget")
     parser.add_argument("--gbit-per-s", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--repeats", type=int, default=3, help="cached requests, a decode worker for each")
     parser.add_argument("--prefill-threads", type=int, default=2)
@@ -86,6 +88,7 @@ def _run(options: argparse.Namespace, gbit_per_s: float, kv_handoff: str) -> lis
             dense_below_tokens=0,
             top_p=None,
             exact=False,
+            candidate_tokens=options.candidate_tokens,
         ),
         num_kv_tokens=options.prompt_tokens + options.output_tokens + 512,
     )

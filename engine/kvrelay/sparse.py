@@ -33,9 +33,12 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     generated tokens. `top_p` stops before the budget, once the blocks taken hold that share of the attention
     to the candidates; None reads the whole budget.
 
-    With `exact`, each query head has a list of its own, ranked by every query of a block, by 8,192 keys or
-    twice the budget. Without, the heads of a KV group share one, ranked by two of a block's 64 queries, by
-    twice the budget: that is chosen in less time, and further from dense at the same number of keys.
+    With `exact`, each query head has a list of its own, ranked by every query of a block. Without, the heads
+    of a KV group share one, ranked by two of a block's 64 queries: that is chosen in less time, and further
+    from dense at the same number of keys.
+
+    `tree` and `two_stage` name candidates by statistics and rank them by their keys: `candidate_tokens` keys,
+    or twice the budget if that is more. These are read to choose; attention reads those chosen.
 
     Raises `InvalidConfig` or `UnknownName`, naming the field.
     """
@@ -49,6 +52,7 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decode_budget_tokens: int | None = None
     top_p: float | None = 0.97
     exact: bool = True
+    candidate_tokens: int = 8192
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -69,14 +73,18 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return {
             "sink_blocks": (0 <= self.sink_blocks <= most, f"0 to {most}"),
             "local_blocks": (1 <= self.local_blocks <= most, f"1, the query's own, to {most}"),
-            "budget_tokens": (_is_budget(self.budget_tokens, least), budget),
-            "decode_budget_tokens": (decode is None or _is_budget(decode, least), budget),
+            "budget_tokens": (_is_whole(self.budget_tokens, least), budget),
+            "decode_budget_tokens": (decode is None or _is_whole(decode, least), budget),
             "dense_layers": (all(layer >= 0 for layer in self.dense_layers), "layer numbers from 0"),
             "dense_below_tokens": (
                 below == "auto" or 0 <= below <= MAX_TOKENS,
                 f"'auto' or 0 to {MAX_TOKENS}",
             ),
             "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            "candidate_tokens": (
+                _is_whole(self.candidate_tokens, 0),
+                f"a multiple of {BLOCK_TOKENS} from 0 to {MAX_TOKENS}",
+            ),
         }
 
     def budget(self, *, is_generated: bool) -> int:
@@ -205,7 +213,8 @@ def _check_kinds(sparse: SparseAttention) -> None:
     """What a decoder checks by itself, for settings written in Python."""
     if not isinstance(sparse.dense_layers, list | tuple):
         raise InvalidConfig(f"dense_layers={sparse.dense_layers!r}: expected layer numbers")
-    whole = {name: getattr(sparse, name) for name in ("budget_tokens", "sink_blocks", "local_blocks")}
+    names = ("budget_tokens", "sink_blocks", "local_blocks", "candidate_tokens")
+    whole = {name: getattr(sparse, name) for name in names}
     if sparse.decode_budget_tokens is not None:
         whole["decode_budget_tokens"] = sparse.decode_budget_tokens
     if sparse.dense_below_tokens != "auto":
@@ -228,5 +237,5 @@ def _write_alike(sparse: SparseAttention) -> None:
         msgspec.structs.force_setattr(sparse, "top_p", float(sparse.top_p))
 
 
-def _is_budget(tokens: int, least: int) -> bool:
+def _is_whole(tokens: int, least: int) -> bool:
     return tokens % BLOCK_TOKENS == 0 and least <= tokens <= MAX_TOKENS

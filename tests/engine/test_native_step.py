@@ -166,10 +166,11 @@ def test_bfloat16_weights_in_float32_are_exactly_the_widened_ones(tmp_path: Path
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 
 
-SELECTING = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0)
+SELECTING = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0, candidate_tokens=0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "reads everything": {"dense_below_tokens": 256},
     "lists for each head": {},
+    "every block a candidate": {"candidate_tokens": 8192},
     "a dense layer": {"dense_layers": (1,)},
     "shared lists": {"exact": False, "top_p": 1.0},
 }

@@ -64,7 +64,9 @@ def test_conversations_go_on_with_the_same_tokens(tiny_directory: Path, way: str
 @pytest.mark.parametrize("way", ["1P1D", "whole-prompts", "colocated"])
 def test_sparse_conversations_share_whole_selection_groups_of_prompts(tiny_directory: Path, way: str) -> None:
     """A generated token selected alone: as part of the next prompt it would not have, so it is computed."""
-    sparse = SparseAttention(budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+    sparse = SparseAttention(
+        budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, candidate_tokens=0
+    )
     with tiny_llm(tiny_directory, mode="colocated", prefix_cache=False, attention=sparse) as llm:
         expected = conversation(llm, prompts(500)[0], 5)
     with tiny_llm(tiny_directory, attention=sparse, **WAYS[way]) as llm:

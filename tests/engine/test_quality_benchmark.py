@@ -21,7 +21,7 @@ from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
 from quality_model import Reader
 from quality_tasks import DEPTHS, NESTED, RULER, TASKS, WORDS, Writer, score
 
-LITTLE = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0)
+LITTLE = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0, candidate_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,18 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         "2048": {"5": {"found": 0.5, "asked": 1}},
     }
     assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
+
+
+def test_the_heat_map_has_a_panel_for_every_row_of_the_table(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")  # not on every GPU host
+    found = {"1024": {str(DEPTHS[0]): {"found": 1.0, "asked": 1}}}
+    shapes = []
+    for count in (1, quality_report.PANELS_ABREAST, quality_report.PANELS_ABREAST + 1):
+        quality_report.heat_map({str(n): found for n in range(count)}, tmp_path / "map.png")
+        shapes.append(pyplot.imread(tmp_path / "map.png").shape[:2])
+    (one_high, one_wide), (row_high, row_wide), (two_high, two_wide) = shapes
+    assert one_high == row_high < two_high
+    assert one_wide < row_wide == two_wide
 
 
 def test_a_lever_reads_what_it_says() -> None:

@@ -21,7 +21,9 @@ from kvrelay.worker.relay import TILES_PER_WRITE, Relay
 
 LAYOUT = KVLayout(model="fake", dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4)
 PARTS = LAYOUT.num_parts
-SPARSE = SparseAttention(budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+SPARSE = SparseAttention(
+    budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, candidate_tokens=0
+)
 STATISTICS_BYTES = 7
 
 

@@ -31,7 +31,12 @@ from kvrelay_kernels import KVBlockStats
 
 HEAD_DIM, KV_HEADS, Q_HEADS, NUM_BLOCKS = 8, 2, 4, 24
 SMALL = SparseAttention(
-    budget_tokens=256, sink_blocks=1, local_blocks=1, dense_layers=(), dense_below_tokens=0
+    budget_tokens=256,
+    sink_blocks=1,
+    local_blocks=1,
+    dense_layers=(),
+    dense_below_tokens=0,
+    candidate_tokens=0,
 )
 TOTAL, PROMPT = 1100, 1000
 
@@ -383,16 +388,31 @@ def test_softmax_scale_is_the_models() -> None:
     torch.testing.assert_close(sequence.outs[-1][0, 0], scores.softmax(0) @ sequence.v[:301, 0])
 
 
-def test_exact_lists_are_the_best_whatever_the_budget() -> None:
-    """Bounds leave no block out of a prompt of fewer than 8,192 tokens: lists are those of the oracle."""
+def test_lists_ranked_by_every_key_are_the_best_whatever_the_budget() -> None:
+    """Of a prompt with no more keys than candidates, statistics leave nothing out: lists are the oracle's."""
     settings, prompt = msgspec.structs.replace(SMALL, top_p=None), 15 * BLOCK_SIZE
     found = {
-        (selector, exact): Sequence_(
-            msgspec.structs.replace(settings, selector=selector, exact=exact)
-        ).attend(prompt, *[1] * (TOTAL - prompt), prompt_end=prompt)
-        for selector in ("tree", "oracle")
-        for exact in (False, True)
+        way: Sequence_(msgspec.structs.replace(settings, **settings_of_way)).attend(
+            prompt, *[1] * (TOTAL - prompt), prompt_end=prompt
+        )
+        for way, settings_of_way in {
+            "ranked": {"candidate_tokens": 8192},
+            "oracle": {"selector": "oracle"},
+            "few": {},
+        }.items()
     }
-    torch.testing.assert_close(found["tree", True], found["oracle", True], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["ranked"], found["oracle"], atol=1e-5, rtol=1e-5)
     for rows in (slice(None, prompt), slice(prompt, None)):
-        assert not torch.allclose(found["tree", False][rows], found["oracle", False][rows], atol=1e-3)
+        assert not torch.allclose(found["few"][rows], found["oracle"][rows], atol=1e-3)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_candidates_are_twice_the_budget_or_what_was_asked_for(one_by_one: bool) -> None:
+    def candidates(**settings: Any) -> int:
+        return selection_config(SparseAttention(**settings), 1000, one_by_one=one_by_one).num_candidates
+
+    assert candidates() == candidates(budget_tokens=1024) == candidates(exact=False, budget_tokens=512) == 128
+    assert candidates(budget_tokens=1024, candidate_tokens=0) == 32
+    assert candidates(budget_tokens=8192) == 256
+    assert candidates(candidate_tokens=64_000) == 1000
+    assert candidates(candidate_tokens=1_000_000) == 1000, "all that the pool has"

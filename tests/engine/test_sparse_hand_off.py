@@ -27,7 +27,13 @@ from tiny_engine import assert_all_blocks_home, greedy, prompts, tiny_llm
 LENGTHS = (840, 513, 300, 700, 65, 257)
 MAX_TOKENS = 40
 SPARSE = SparseAttention(
-    budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, top_p=None, exact=False
+    budget_tokens=192,
+    local_blocks=1,
+    dense_layers=(0,),
+    dense_below_tokens=0,
+    top_p=None,
+    exact=False,
+    candidate_tokens=0,
 )
 SLOW = "inproc:gbit_per_s=0.01"
 WAYS: dict[str, dict[str, Any]] = {

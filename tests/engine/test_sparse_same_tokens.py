@@ -27,7 +27,9 @@ from tiny_engine import (
 SHORT = (1, 2, 3, 5, 8, 13)  # prefilled at once, 3 blocks each at their end: more than pools of 17 hold
 LENGTHS = (*SHORT, 65, 257, 300, 513, 700, 840)
 MAX_TOKENS = 140
-SPARSE = SparseAttention(budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+SPARSE = SparseAttention(
+    budget_tokens=192, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, candidate_tokens=0
+)  # 6 blocks are ranked by their keys
 WAYS: dict[str, dict[str, Any]] = {
     "1P1D": {},
     "2P2D": {"prefill_workers": 2, "decode_workers": 2},
@@ -80,6 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "less of attention": {"top_p": 0.9, "dense_layers": ()},
     "shared lists": {"exact": False, "top_p": None, "dense_layers": ()},
     "less in decode": {"budget_tokens": 512, "decode_budget_tokens": 128},
+    "every block a candidate": {"candidate_tokens": 8192},
     "more in decode, dense at first": {"decode_budget_tokens": 512, "dense_below_tokens": 300},
 }
 

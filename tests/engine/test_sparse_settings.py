@@ -42,6 +42,10 @@ from kvrelay.sparse import (
         {"top_p": math.nan},
         {"top_p": True},
         {"exact": 1},
+        {"candidate_tokens": 100},
+        {"candidate_tokens": -64},
+        {"candidate_tokens": 2**31},
+        {"candidate_tokens": "all"},
         {"selector": ["tree"]},
         {"dense_layers": ("0",)},
         {"dense_layers": (True,)},
@@ -87,6 +91,7 @@ def test_whatever_is_asked_for_is_refused_by_name_or_can_be_computed(asked: dict
         for one_by_one in (False, True):
             config = selection_config(sparse, num_pages, one_by_one=one_by_one)
             assert config.budget <= num_pages + 1
+            assert config.num_candidates <= 2 * num_pages + 2
 
 
 def test_settings_that_mean_the_same_are_written_alike() -> None:

@@ -537,7 +537,7 @@ def hits(llm: LLM, tier: str) -> list[int]:
 def test_conversations_come_back_from_the_tiers_with_the_same_tokens(
     tiny_directory: Path, tmp_path: Path, mode: str, attention: str
 ) -> None:
-    chosen = SparseAttention(budget_tokens=192, local_blocks=1, dense_below_tokens=0)
+    chosen = SparseAttention(budget_tokens=192, local_blocks=1, dense_below_tokens=0, candidate_tokens=0)
     common: dict[str, Any] = {"mode": mode, "attention": chosen if attention == "sparse" else "dense"}
     with tiny_llm(tiny_directory, **common, prefix_cache=False) as llm:
         expected, _ = talk(llm, 3)

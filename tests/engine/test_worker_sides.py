@@ -663,7 +663,9 @@ def test_shutdown_of_a_colocated_worker_frees_no_block_twice(bench: Bench) -> No
 
 # Sequences that start before all of their KV has come ---------------------------------------------------
 
-SPARSE = SparseAttention(budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0)
+SPARSE = SparseAttention(
+    budget_tokens=128, local_blocks=1, dense_layers=(0,), dense_below_tokens=0, candidate_tokens=0
+)
 
 
 @pytest.fixture

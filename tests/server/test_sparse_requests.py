@@ -13,7 +13,7 @@ from tiny_engine import prompts
 from tiny_server import Served, tiny_server
 
 LENGTH = 840
-LITTLE = {"budget_tokens": 128, "local_blocks": 1, "dense_below_tokens": 0}
+LITTLE = {"budget_tokens": 128, "local_blocks": 1, "dense_below_tokens": 0, "candidate_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_the_answer_tells_how_its_kv_came(sparse: Served) -> None:
         ({"budget_tokens": 2**40, "top_p": 0.5}, f"budget_tokens={2**40}: expected a multiple of 64"),
         ({"budget_tokens": 64 * 10**30}, "budget_tokens"),
         ({"sink_blocks": 2**30}, f"sink_blocks={2**30}"),
+        ({"candidate_tokens": 2**31}, f"candidate_tokens={2**31}: expected a multiple of 64"),
         ({"dense_layers": [0] * 100_000 + [4]}, "dense_layers=4: the model has layers 0 to 3"),
         ({"dense_layers": [[0]]}, "dense_layers"),
         ([], "attention"),
@@ -89,7 +90,8 @@ def test_settings_that_are_wrong_are_refused_by_name(sparse: Served, attention: 
 def test_the_largest_settings_cost_what_there_is_to_read(sparse: Served) -> None:
     """Lists as long as these budgets would take gigabytes."""
     largest = {"budget_tokens": 2**31 - 64, "sink_blocks": 2**24, "top_p": 0.5, "dense_below_tokens": 0}
-    for attention in (largest, {**largest, "exact": True}, {**LITTLE, "decode_budget_tokens": 2**31 - 64}):
+    wide = {**LITTLE, "decode_budget_tokens": 2**31 - 64}, {**LITTLE, "candidate_tokens": 2**31 - 64}
+    for attention in (largest, {**largest, "exact": False}, *wide):
         answer = ask(sparse.url, attention=attention)
         assert answer.status_code == 200, answer.text
     assert all(worker.is_alive for worker in sparse.engine.report().workers)

@@ -27,9 +27,6 @@ from kvrelay_kernels import (
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-LEAST_CANDIDATES = 8192 // BLOCK_SIZE
-"""Blocks that `exact` ranks by their keys, however small the budget; docs/sparse.md says what that brings."""
-
 
 def dense_backend(like: torch.Tensor) -> str:
     """What computes dense attention on tensors like `like [..., head_dim]`.
@@ -43,10 +40,12 @@ def dense_backend(like: torch.Tensor) -> str:
 def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: bool) -> SelectionConfig:
     """The kernel library's settings: counts in blocks, for a pool of `num_pages`.
 
-    Lists take memory for the whole budget: one beyond the pool is cut, which changes no list.
+    Lists take memory for the whole budget, and for all candidates: what is beyond the pool is cut, which
+    changes no list.
     """
     sinks, recent = min(sparse.sink_blocks, num_pages), min(sparse.local_blocks, num_pages)
     budget = sparse.budget(is_generated=one_by_one) // BLOCK_SIZE
+    candidates = min(sparse.candidate_tokens // BLOCK_SIZE, num_pages)
     config = SelectionConfig(
         budget=min(budget, max(num_pages, sinks + recent)),
         selector=sparse.selector,
@@ -54,10 +53,9 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
         local_blocks=recent,
         top_p=None if sparse.selector == "local" else sparse.top_p,  # it estimates no shares
     )
-    if not sparse.exact:
-        return config
-    factor = max(config.candidate_factor, (LEAST_CANDIDATES + 0.5) / config.budget)
-    rows = config.sampled_queries if one_by_one else BLOCK_SIZE  # a single row ranks by itself anyway
+    factor = max(config.candidate_factor, (candidates + 0.5) / config.budget)
+    every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
+    rows = BLOCK_SIZE if every_row_ranks else config.sampled_queries
     return replace(config, candidate_factor=factor, sampled_queries=rows)
 
 
