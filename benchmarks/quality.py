@@ -225,6 +225,14 @@ def gate(bench: Bench) -> dict[str, bool]:
     }
 
 
+def _names(parser: argparse.ArgumentParser, option: str, asked: str, known: tuple[str, ...]) -> list[str]:
+    names = asked.split(",")
+    for name in names:
+        if name not in known:
+            parser.error(f"--{option}: {name!r} is none of {', '.join(known)}")
+    return names
+
+
 def main() -> None:
     """Run what fits in `--budget-s`, then report what there is."""
     parser = argparse.ArgumentParser(
@@ -238,13 +246,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=2400.0)
     arguments = parser.parse_args()
+    parts, settings = (
+        _names(parser, option, getattr(arguments, option), known)
+        for option, known in (("parts", PARTS), ("settings", tuple(SETTINGS)))
+    )
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.model, arguments.work)
     end_s = time.monotonic() + arguments.budget_s
-    for job in jobs(arguments.parts.split(","), arguments.rounds):
-        is_asked = job.settings in arguments.settings.split(",")
-        if not is_asked or all(bench.measured(cell) for cell in job.cells()):
+    for job in jobs(parts, arguments.rounds):
+        if job.settings not in settings or all(bench.measured(cell) for cell in job.cells()):
             continue
         if time.monotonic() >= end_s:
             break
