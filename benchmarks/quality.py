@@ -264,6 +264,8 @@ def main() -> None:
             print(done.name, scores, f"{done.seconds:.0f} s", flush=True)
     asked = [cell for job in jobs(list(PARTS), MOST_ROUNDS) for cell in job.cells()]
     found = [cell for cell in map(bench.measured, asked) if cell is not None]
+    if not found:
+        parser.error(f"--work {arguments.work}: nothing has been measured there; the record stays as it is")
     report(found, gate(bench), {name: msgspec.to_builtins(sparse) for name, sparse in SETTINGS.items()})
 
 

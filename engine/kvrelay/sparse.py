@@ -66,9 +66,8 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def _rules(self) -> dict[str, tuple[bool, str]]:
         forced = (self.sink_blocks + self.local_blocks) * BLOCK_TOKENS
         least = max(forced, BLOCK_TOKENS)
-        budget = (
-            f"a multiple of {BLOCK_TOKENS} from sink_blocks + local_blocks, {least} tokens, to {MAX_TOKENS}"
-        )
+        reason = f"at least {least} (sink_blocks + local_blocks), at most {MAX_TOKENS}"
+        budget = f"a multiple of {BLOCK_TOKENS}, {reason}"
         below, decode, most = self.dense_below_tokens, self.decode_budget_tokens, MAX_TOKENS // BLOCK_TOKENS
         return {
             "sink_blocks": (0 <= self.sink_blocks <= most, f"0 to {most}"),
