@@ -13,7 +13,6 @@ budget, selection takes everything: the cell is dense's. `default` reads as much
 import argparse
 import time
 from collections.abc import Iterable, Iterator
-from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -28,9 +27,8 @@ from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
 from quality_model import Reader
 from quality_report import report
-from quality_tasks import DEPTHS, NESTED, RULER, TEXTS, Writer, score
+from quality_tasks import NEEDLES, NESTED, RULER, TEXTS, Writer, score
 
-NEEDLE_LENGTHS = ((1024, 2048), (4096, 6144, 7424))  # of one context each
 RULER_LENGTHS = (4096, 7424)
 TEXT_TOKENS, SCORED_TOKENS, CONTINUED_TOKENS = 6144, 1024, 48
 MAX_TOKENS = 9472
@@ -54,7 +52,7 @@ ORDER = (  # of jobs: rows of the table that come together
 )
 PARTS = ("needle", "text", "ruler")
 MOST_ROUNDS = 20
-NUM_PAIRS = len(DEPTHS) // 2  # samples until needles have lain at every depth
+FIRST_ALONE = 1000  # seed of contexts of one length: a cell is named by its length and seed
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,10 +103,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 def jobs(parts: list[str], rounds: int) -> Iterator[Job]:
     """Every job, most wanted first: a fair sample of every row before more of any."""
     for index in range(rounds):
-        seeds = range(index * NUM_PAIRS, (index + 1) * NUM_PAIRS)
         for names in ORDER:
-            if "needle" in parts:
-                for lengths, seed in product(reversed(NEEDLE_LENGTHS), seeds):
+            for lengths, places in NEEDLES.items() if "needle" in parts else ():
+                first = index * len(places) + (FIRST_ALONE if len(lengths) == 1 else 0)
+                for seed in range(first, first + len(places)):
                     yield from _alike("needle", names, lengths, seed)
             if "ruler" in parts:
                 for task in RULER:

@@ -17,6 +17,14 @@ from kvrelay.sparse import GROUP_TOKENS
 
 TEXTS = Path(__file__).parent / "texts"
 DEPTHS = tuple(range(5, 100, 10))  # percent of the context before the needle
+HALVES = tuple((depth, depth + 50) for depth in DEPTHS[:5])
+NEEDLES: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
+    (4096, 6144, 7424): HALVES,
+    (1024, 2048): HALVES,
+    (1024,): ((0, 62), (22, 82), (42,)),  # what comes first takes a twentieth of it
+    (4096,): ((5, 55), (35, 75), (95,)),
+    (6144,): ((25, 85),),
+}  # by the lengths that a context is asked at, the depths of its needles: at every length all of DEPTHS
 NUM_ASKED = 5  # of the many needles of a multikey context, at each length
 NOISE = (
     "The river runs past the mill. The miller sleeps at noon. The wheel turns slowly. Here it goes again. "
@@ -158,18 +166,18 @@ _MEMORISE = (
 
 
 def _needle(writer: Writer, lengths: Sequence[int], draw: Draw) -> Sample:
-    """Two needles with keys of their own in prose, half a context apart: five samples cover `DEPTHS`.
+    """One or two needles with keys of their own in prose, at depths of `NEEDLES` by turns.
 
     At every length each needle that lies within it is asked for; `label` is its depth there, as the nearest
     of `DEPTHS`.
     """
-    first = draw.number % (len(DEPTHS) // 2)
-    planted = (DEPTHS[first], DEPTHS[first + len(DEPTHS) // 2])
-    keys = dict(zip(planted, draw.sample(WORDS, 2), strict=True))
+    places = NEEDLES.get(tuple(lengths), HALVES)
+    planted = places[draw.number % len(places)]
+    keys = dict(zip(planted, draw.sample(WORDS, len(planted)), strict=True))
     values = {depth: str(draw.randrange(10_000, 100_000)) for depth in planted}
     prose = (TEXTS / "prose.txt").read_text().split("\n")
     filler = [line + "\n" for line in prose[draw.randrange(20) :] if line.strip()]
-    context, places = writer.with_needles(
+    context, found = writer.with_needles(
         "Some secret numbers are hidden in the following text. Memorise them: I will ask for one.\n",
         filler,
         {depth: f"\nThe secret number of {keys[depth]} is {values[depth]}.\n" for depth in planted},
@@ -181,11 +189,11 @@ def _needle(writer: Writer, lengths: Sequence[int], draw: Draw) -> Sample:
             f"What is the secret number of {keys[depth]}?",
             f"The secret number of {keys[depth]} is",
             [values[depth]],
-            str(DEPTHS[places[depth].start * len(DEPTHS) // length]),
+            str(DEPTHS[found[depth].start * len(DEPTHS) // length]),
         )
         for length in lengths
         for depth in planted
-        if places[depth].stop <= length
+        if found[depth].stop <= length
     ]
     return Sample(context=context, questions=tuple(questions), max_tokens=8)
 

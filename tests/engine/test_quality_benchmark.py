@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import long_context
+import quality
 import quality_levers
 import quality_report
 from kvrelay.models.loading import load_model
@@ -20,6 +21,7 @@ from kvrelay.models.tokenizer import Tokenizer
 from kvrelay.sparse import GROUP_TOKENS, AttentionUse, SparseAttention
 from quality_model import Reader
 from quality_tasks import DEPTHS, NESTED, RULER, TASKS, WORDS, Writer, score
+from real_model import smollm2_directory
 
 LITTLE = SparseAttention(budget_tokens=128, local_blocks=1, dense_below_tokens=0, candidate_tokens=0)
 
@@ -66,6 +68,19 @@ def test_needles_lie_at_their_depths_of_every_length(writer: Writer, tiny_direct
                 depths[length].append(int(question.label))
     assert sorted(depths[4096]) == list(DEPTHS)
     assert 4 <= len(depths[2048]) <= 5
+
+
+def test_a_round_asks_for_a_needle_at_every_depth_of_every_length() -> None:
+    writer = Writer(Tokenizer.from_directory(smollm2_directory()))
+    depths: dict[int, list[int]] = {}
+    for job in quality.jobs(["needle"], 1):
+        if job.settings == "dense":
+            for question in writer.sample("needle", job.lengths, job.seed).questions:
+                depths.setdefault(question.length, []).append(int(question.label))
+    assert depths.keys() == {1024, 2048, 4096, 6144, 7424}
+    assert all(sorted(found) == list(DEPTHS) for found in depths.values()), depths
+    names = [cell.name for job in quality.jobs(["needle"], 5) for cell in job.cells()]
+    assert len(names) == len(set(names)), "a file for each cell"
 
 
 @pytest.mark.parametrize("sparse", [None, LITTLE])
