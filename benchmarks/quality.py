@@ -4,10 +4,11 @@
     python benchmarks/quality.py --budget-s 0        # only the table, the record and the heat map
 
 A sample (part, settings, lengths, seed) is read once and asked at each of its lengths. Every such cell is
-a file in `--work` that names the settings and the commit it was measured with; with other settings it is
-measured anew. A row says how many it has, and what dense scores on those same ones. Where a context fits in a
-budget, selection takes everything: the cell is dense's. `default` reads as much as its heads need, up to
-4,096 keys; it is sparse from the first token here. Numbers are budgets.
+a line of `--cells` that names the settings and the commit it was measured with; with other settings it is
+measured anew, and several processes may share the file. A row says how many it has, and what dense scores on
+those same ones; one that has none stays as the record before has it. Where a context fits in a budget,
+selection takes everything: the cell is dense's. `default` reads as much as its heads need, up to 4,096 keys;
+it is sparse from the first token here. Numbers are budgets.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from pathlib import Path
 import msgspec
 import torch
 from msgspec.structs import replace
-from safetensors.torch import load_file, save_file
 
 from kvrelay.config import cache_home
 from kvrelay.experiments.record import Gate, make_record
@@ -52,13 +52,14 @@ ORDER = (  # of jobs: rows of the table that come together
 )
 PARTS = ("needle", "text", "ruler")
 MOST_ROUNDS = 20
+CELLS = Path(__file__).parent / "results" / "quality_cells.jsonl"
 FIRST_ALONE = 1000  # seed of contexts of one length: a cell is named by its length and seed
 
 
-class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One measurement: scores by label, what was read, and for texts the greedy continuation.
+class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One measurement: scores by label, and for texts what was read and the greedy continuation.
 
-    `use` and `seconds` are of the sample up to this length; `sparse` and `commit` are what was measured.
+    `seconds` are the sample's up to this length; `sparse` and `commit` are what was measured.
     """
 
     part: str
@@ -74,7 +75,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """Its file's stem."""
+        """What it is a measurement of."""
         return f"{self.part}.{self.settings}.{self.length}.{self.seed}"
 
 
@@ -122,13 +123,14 @@ def _alike(part: str, names: Iterable[str], lengths: tuple[int, ...], seed: int)
 
 
 class Bench:
-    """Runs jobs on one model and keeps their cells in `work`."""
+    """Runs jobs on one model and keeps their cells as lines of the file `cells`."""
 
-    def __init__(self, directory: Path, work: Path) -> None:
+    def __init__(self, directory: Path, cells: Path) -> None:
         self._tokenizer = Tokenizer.from_directory(directory)
         self._writer = Writer(self._tokenizer)
         self._reader = Reader(load_model(directory, "cpu", torch.float32), MAX_TOKENS)
-        self._work, self._start_s = work, 0.0
+        self._cells, self._found, self._start_s = cells, read_cells(cells), 0.0
+        self._dense_texts: dict[int, torch.Tensor] = {}  # hidden states of the rows that are scored
         self._commit = make_record("quality", {}, Gate(checks={}), {})["commit"]
 
     def run(self, job: Job) -> list[Cell]:
@@ -138,36 +140,31 @@ class Bench:
         if sparse is not None and job.lengths[-1] + 256 <= sparse.first_sparse_position():
             done = [self._dense(cell) for cell in job.cells()]
         elif job.part == "text":
-            done = [self._finish(self._text(cell, sparse)) for cell in job.cells()]
+            done = [self._text(cell, sparse) for cell in job.cells()]
         else:
             done = self._task(job, sparse)
-        for cell in done:
-            self.path(cell).write_bytes(msgspec.json.encode(cell))
+        with self._cells.open("ab") as file:
+            file.write(b"".join(msgspec.json.encode(cell) + b"\n" for cell in done))
+        self._found = read_cells(self._cells)
         return done
 
-    def path(self, cell: Cell) -> Path:
-        """Where a cell is written."""
-        return self._work / f"{cell.name}.json"
-
-    def measured(self, cell: Cell) -> Cell | None:
-        """The cell as it was measured, if it was, with these settings."""
-        path = self.path(cell)
-        found = msgspec.json.decode(path.read_bytes(), type=Cell) if path.exists() else None
-        return found if found is not None and found.sparse == cell.sparse else None
+    def measured(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those that were measured, with these settings, as they were measured last."""
+        asked = ((cell, self._found.get(cell.name)) for cell in cells)
+        return [own for cell, own in asked if own is not None and own.sparse == cell.sparse]
 
     def _dense(self, cell: Cell) -> Cell:
-        dense = self.measured(replace(cell, settings="dense", sparse=None))
-        assert dense is not None, f"{cell.name}: dense comes first"
-        return replace(dense, settings=cell.settings, sparse=cell.sparse)
+        dense = self.measured([replace(cell, settings="dense", sparse=None)])
+        assert dense, f"{cell.name}: dense comes first"
+        return replace(dense[0], settings=cell.settings, sparse=cell.sparse)
 
     def _finish(self, cell: Cell) -> Cell:
-        seconds = time.perf_counter() - self._start_s
-        return replace(cell, use=self._reader.use, seconds=seconds, commit=self._commit)
+        return replace(cell, seconds=time.perf_counter() - self._start_s, commit=self._commit)
 
     def _task(self, job: Job, sparse: SparseAttention | None) -> list[Cell]:
         """Read the context up to each length and ask there: what follows does not change what was read."""
         sample = self._writer.sample(job.part, job.lengths, job.seed)
-        done, read = [], 0
+        done, read = [], self._reader.shared_with_last(sample.context, sparse, job.lengths[0])
         for cell in job.cells():
             end = cell.length // GROUP_TOKENS * GROUP_TOKENS
             asked = [question for question in sample.questions if question.length == end]
@@ -184,15 +181,22 @@ class Bench:
     def _text(self, cell: Cell, sparse: SparseAttention | None) -> Cell:
         tokens = self._writer.encode(_texts()[cell.seed].read_text())
         context, after = tokens[: cell.length], tokens[cell.length : cell.length + 2]
-        hidden = self._reader.read(context, sparse, cell.length - SCORED_TOKENS)
         targets = torch.tensor(tokens[cell.length - SCORED_TOKENS + 1 : cell.length + 1])
-        save_file({"hidden": hidden, "targets": targets}, self._work / f"{cell.name}.safetensors")
-        logits = torch.cat([self._reader.model.logits(rows) for rows in hidden.split(128)])
-        dense_path = self._work / f"{replace(cell, settings='dense').name}.safetensors"
-        dense = load_file(dense_path)["hidden"]
-        scores = compare(logits, torch.cat([self._reader.model.logits(r) for r in dense.split(128)]), targets)
+        first = cell.length - SCORED_TOKENS
+        if cell.seed not in self._dense_texts:
+            self._dense_texts[cell.seed] = self._reader.read(context, None, first)
+        self._reader.use = AttentionUse()
+        rows = self._dense_texts[cell.seed], self._reader.read(context, sparse, first)
+        dense, own = (torch.cat([self._reader.model.logits(few) for few in all.split(128)]) for all in rows)
         (continued,) = self._reader.ask(cell.length, [after], CONTINUED_TOKENS, sparse)
-        return replace(cell, scores=scores, continued=continued)
+        scores = compare(own, dense, targets)
+        return self._finish(replace(cell, scores=scores, continued=continued, use=self._reader.use))
+
+
+def read_cells(path: Path) -> dict[str, Cell]:
+    """What was measured, by name; of several of a name, the last."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return {cell.name: cell for cell in (msgspec.json.decode(line, type=Cell) for line in lines)}
 
 
 def compare(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
@@ -237,7 +241,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=cache_home() / "models/smollm2-135m-instruct")
-    parser.add_argument("--work", type=Path, default=cache_home() / "quality")
+    parser.add_argument("--cells", type=Path, default=CELLS, help="what was measured; more is added to it")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--settings", default=",".join(SETTINGS), help="which to measure; all are reported")
     parser.add_argument("--rounds", type=int, default=5, help="ten needles a length, one of each RULER task")
@@ -249,21 +253,19 @@ def main() -> None:
         for option, known in (("parts", PARTS), ("settings", tuple(SETTINGS)))
     )
     torch.set_num_threads(arguments.threads)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.model, arguments.work)
+    bench = Bench(arguments.model, arguments.cells)
     end_s = time.monotonic() + arguments.budget_s
     for job in jobs(parts, arguments.rounds):
-        if job.settings not in settings or all(bench.measured(cell) for cell in job.cells()):
+        if job.settings not in settings or len(bench.measured(job.cells())) == len(job.lengths):
             continue
         if time.monotonic() >= end_s:
             break
         for done in bench.run(job):
             scores = {label: round(value, 3) for label, value in done.scores.items()}
             print(done.name, scores, f"{done.seconds:.0f} s", flush=True)
-    asked = [cell for job in jobs(list(PARTS), MOST_ROUNDS) for cell in job.cells()]
-    found = [cell for cell in map(bench.measured, asked) if cell is not None]
+    found = bench.measured(cell for job in jobs(list(PARTS), MOST_ROUNDS) for cell in job.cells())
     if not found:
-        parser.error(f"--work {arguments.work}: nothing has been measured there; the record stays as it is")
+        parser.error(f"--cells {arguments.cells}: nothing has been measured; the record stays as it is")
     report(found, gate(bench), {name: msgspec.to_builtins(sparse) for name, sparse in SETTINGS.items()})
 
 

@@ -26,6 +26,7 @@ class Reader:
     model: Decoder
     max_tokens: int
     use: AttentionUse = field(default_factory=AttentionUse)
+    _last: tuple[list[int], SparseAttention | None] = field(default=([], None))
 
     def __post_init__(self) -> None:
         spec = self.model.spec
@@ -49,6 +50,7 @@ class Reader:
         What was read last of the same context goes on from its token `start`, a whole number of groups.
         """
         assert start % GROUP_TOKENS == 0
+        self._last = list(context), sparse
         kept = []
         for first in range(start, len(context), CHUNK_TOKENS):
             end = min(first + CHUNK_TOKENS, len(context))
@@ -56,6 +58,20 @@ class Reader:
             rows = self._forward([list(context[first:end])], [span])
             kept.append(rows[max(0, keep_from - first) :])
         return torch.cat(kept)
+
+    def shared_with_last(
+        self, context: Sequence[int], sparse: SparseAttention | None, most_tokens: int
+    ) -> int:
+        """Tokens, at most `most_tokens`, whose KV is what these settings would compute: `read`'s `start`.
+
+        Those before the first sparse one of either settings, if `context` is what was read last, and all that
+        was asked of it came after `most_tokens`.
+        """
+        last, how = self._last
+        shared = most_tokens if last[:most_tokens] == context[:most_tokens] else 0
+        for own in (sparse, how):
+            shared = shared if own is None else min(shared, own.first_sparse_position())
+        return shared // GROUP_TOKENS * GROUP_TOKENS
 
     @torch.inference_mode()
     def ask(

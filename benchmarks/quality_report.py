@@ -1,5 +1,6 @@
 """Cells of the quality benchmark to one table, record and heat map, each beside dense on the same cells."""
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from kvrelay.sparse import AttentionUse
 from quality_tasks import DEPTHS, RULER
-from record import write_record
+from record import RESULTS, write_record
 
 COLUMNS = (
     "top1",
@@ -42,27 +43,46 @@ class Cell(Protocol):
 
 
 def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, Any]) -> None:
-    """Print the table, write the heat map and the record."""
+    """Print the table, write the record and the heat map; rows without a cell stay as the record has them."""
     by_settings: dict[str, dict[Key, Any]] = defaultdict(dict)
     for cell in cells:
         by_settings[cell.settings][cell.part, cell.length, cell.seed] = cell
-    rows = {name: _row(by_settings, name) for name in settings if name in by_settings}
+    measured = {
+        "table": {name: _row(by_settings, name) for name in by_settings},
+        "needles_by_length_and_depth": {name: _needles(by_settings[name]) for name in by_settings},
+        "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in by_settings},
+    }
+    results = with_earlier(measured, _record(), list(settings))
     print(" | ".join(["settings", *COLUMNS]))
-    for name, row in rows.items():
+    for name, row in results["table"].items():
         print(" | ".join([name, *(_shown(row[column]) for column in COLUMNS)]))
-    needles = {name: _needles(by_settings[name]) for name in rows}
     write_record(
         "quality",
         settings=settings,
         gate={"passed": all(checks.values()), "checks": checks},
-        results={
-            "table": rows,
-            "needles_by_length_and_depth": needles,
-            "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in rows},
-            "cells_by_commit": dict(Counter(cell.commit for cell in cells)),
-        },
+        results={**results, "cells_by_commit": dict(Counter(cell.commit for cell in cells))},
     )
-    heat_map(needles, HEAT_MAP)  # last: the record says whether the tree was clean before
+    heat_map(results["needles_by_length_and_depth"], HEAT_MAP)  # last: the record says what changed before
+
+
+def with_earlier(
+    measured: dict[str, dict[str, Any]], record: dict[str, Any] | None, order: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Each part in `order`, with the rows that only `record` has; `kept_from`: which commit reported those."""
+    earlier = record["results"] if record else {part: {} for part in measured}
+    kept = [name for name in earlier["table"] if name not in measured["table"] and name in order]
+    before = {part: {name: earlier[part][name] for name in kept} for part in measured}
+    parts = {part: {**found, **before[part]} for part, found in measured.items()}
+    by_commit = {name: earlier.get("kept_from", {}).get(name, (record or {})["commit"]) for name in kept}
+    return {
+        **{part: {name: found[name] for name in order if name in found} for part, found in parts.items()},
+        "kept_from": by_commit,
+    }
+
+
+def _record() -> dict[str, Any] | None:
+    path = RESULTS / "quality.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kvrelay_kernels.cpu.native.arguments import outputs
-from kvrelay_kernels.cpu.native.select_blocks import select_blocks
+from kvrelay_kernels.cpu.native.select_blocks import IN_CPP, select_blocks
 from kvrelay_kernels.layout import BLOCK_SIZE, PagedKV
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
 from kvrelay_kernels.stats import KVBlockStats
@@ -11,7 +11,7 @@ from kvrelay_kernels.stats import KVBlockStats
 
 def ranks_what_it_reads(q: Tensor, kv: PagedKV, config: SelectionConfig) -> bool:
     """Whether every row of a head ranks the blocks of that head's own list."""
-    is_ranked_by_all = config.selector == "tree" and config.sampled_queries == BLOCK_SIZE
+    is_ranked_by_all = config.selector in IN_CPP and config.sampled_queries == BLOCK_SIZE
     return is_ranked_by_all and q.shape[1] == kv.num_kv_heads
 
 

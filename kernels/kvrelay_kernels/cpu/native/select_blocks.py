@@ -1,6 +1,6 @@
-"""C++ ``select_blocks`` for the default selector, ``tree`` (``csrc/tree_selection.h``).
+"""C++ ``select_blocks`` for ``tree``, the default, and ``two_stage`` (``csrc/tree_selection.h``).
 
-The selectors it is compared with stay in batched torch here too.
+The other selectors it is compared with stay in batched torch here too.
 """
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from kvrelay_kernels.reference.select_blocks import empty_selection
 from kvrelay_kernels.selection import BlockSelection, SelectionConfig
 from kvrelay_kernels.stats import KVBlockStats
 
+IN_CPP = ("tree", "two_stage")
+EVERY_PAGE = 2**31 - 1  # a beam so wide that the walk starts at the pages
+
 
 def select_blocks(
     q: Tensor,
@@ -25,7 +28,7 @@ def select_blocks(
     to: Argument | None = None,
 ) -> BlockSelection:
     """See ``kvrelay_kernels.api.select_blocks``; attention over the lists goes ``to`` outputs, if given."""
-    if config.selector != "tree":
+    if config.selector not in IN_CPP:
         return select_blocks_in_torch(q, kv, config, cu_seqlens_q, stats, scale)
     if stats is None:
         raise InvalidArgument("stats", needed="KVBlockStats of these pages for this selector", got=None)
@@ -44,7 +47,7 @@ def tree_settings(config: SelectionConfig) -> Argument:
         sink_blocks=config.sink_blocks,
         local_blocks=config.local_blocks,
         num_candidates=config.num_candidates,
-        beam=config.beam,
+        beam=config.beam if config.selector == "tree" else EVERY_PAGE,
         sampled_queries=config.sampled_queries,
         sibling_blocks=config.sibling_blocks,
         top_p=2.0 if config.top_p is None else config.top_p,
