@@ -168,7 +168,8 @@ class Bench:
         for cell in job.cells():
             end = cell.length // GROUP_TOKENS * GROUP_TOKENS
             asked = [question for question in sample.questions if question.length == end]
-            self._reader.read(sample.context[:end], sparse, end, read)
+            if read < end:
+                self._reader.read(sample.context[:end], sparse, end, read)
             answers = self._reader.ask(end, [q.token_ids for q in asked], sample.max_tokens, sparse)
             scores = {
                 question.label: score(self._tokenizer.decode(answer), question.expected)

@@ -68,7 +68,7 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
 def with_earlier(
     measured: dict[str, dict[str, Any]], record: dict[str, Any] | None, order: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Each part in `order`, with the rows that only `record` has; `kept_from`: which commit reported those."""
+    """Each part in `order`, with the rows that only `record` has; `kept_from`: what commit they are of."""
     earlier = record["results"] if record else {part: {} for part in measured}
     kept = [name for name in earlier["table"] if name not in measured["table"] and name in order]
     before = {part: {name: earlier[part][name] for name in kept} for part in measured}

@@ -105,6 +105,28 @@ def test_a_context_read_in_two_answers_as_one_read_whole(
     assert parted.ask(1024, [], 16, sparse) == []
 
 
+def test_settings_share_the_context_before_their_first_sparse_token(tiny_directory: Path) -> None:
+    """What they share was read alike; the rest, and every answer, is as if nothing had been read before."""
+    tokens = torch.randint(2, 250, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+    early = msgspec.structs.replace(LITTLE, budget_tokens=256, top_p=None)
+    late = msgspec.structs.replace(early, budget_tokens=512)
+
+    def answers(reader: Reader, sparse: SparseAttention | None, start: int) -> list[list[int]]:
+        reader.read(tokens, sparse, 1024, start)
+        return reader.ask(1024, [tokens[300:340]], 16, sparse)
+
+    reader, chain = Reader(load_model(tiny_directory, "cpu", torch.float32), 2048), (None, late, early, late)
+    found, starts = [], []
+    for sparse in chain:
+        starts.append(reader.shared_with_last(tokens, sparse, 768))
+        found.append(answers(reader, sparse, starts[-1]))
+    assert starts == [0, 512, 256, 256]
+    assert reader.shared_with_last(tokens, LITTLE, 768) == 0
+    assert reader.shared_with_last(tokens[::-1], early, 768) == 0
+    assert [answers(reader, sparse, 0) for sparse in chain] == found
+    assert found[0] != found[1] != found[2]
+
+
 def test_scores_are_shares_of_the_expected_strings() -> None:
     assert score(" ABC and def", ["abc", "def", "xyz", "DEF"]) == 0.75
 
@@ -146,6 +168,20 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         "2048": {"5": {"found": 0.5, "asked": 1}},
     }
     assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
+
+
+def test_rows_without_a_cell_stay_as_the_record_has_them() -> None:
+    measured = {"table": {"b": {"needle": 1}}, "needles": {"b": {}}}
+    earlier = {
+        "table": {"gone": {}, "b": {"needle": 2}, "a": {"needle": 3}, "c": {"needle": 4}},
+        "needles": {"gone": {}, "b": {}, "a": {"1024": {}}, "c": {}},
+        "kept_from": {"c": "older"},
+    }
+    found = quality_report.with_earlier(measured, {"results": earlier, "commit": "old"}, ["a", "b", "c"])
+    assert list(found["table"].items()) == [("a", {"needle": 3}), ("b", {"needle": 1}), ("c", {"needle": 4})]
+    assert found["needles"] == {"a": {"1024": {}}, "b": {}, "c": {}}
+    assert found["kept_from"] == {"a": "old", "c": "older"}
+    assert quality_report.with_earlier(measured, None, ["a", "b"]) == {**measured, "kept_from": {}}
 
 
 def test_the_heat_map_has_a_panel_for_every_row_of_the_table(tmp_path: Path) -> None:
