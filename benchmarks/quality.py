@@ -45,11 +45,6 @@ SETTINGS: dict[str, SparseAttention | None] = {
     "shared-1024": SHARED,
     "shared-4096": replace(SHARED, budget_tokens=4096),
 }
-ORDER = (  # of jobs: rows of the table that come together
-    ("dense", "default"),
-    ("2048", "1024", "quest-1024", "mean_pool-1024"),
-    ("512", "local-1024", "oracle-1024", "shared-1024", "shared-4096", "two_stage-1024", "antidiagonal-1024"),
-)
 PARTS = ("needle", "text", "ruler")
 MOST_ROUNDS = 20
 CELLS = Path(__file__).parent / "results" / "quality_cells.jsonl"
@@ -102,24 +97,23 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def jobs(parts: list[str], rounds: int) -> Iterator[Job]:
-    """Every job, most wanted first: a fair sample of every row before more of any."""
+    """Every job: a sample for all settings, which share what they read alike, before the next sample."""
+    for part, lengths, seed in _samples(parts, rounds):
+        for name in SETTINGS:
+            yield Job(part=part, settings=name, lengths=lengths, seed=seed)
+
+
+def _samples(parts: list[str], rounds: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
     for index in range(rounds):
-        for names in ORDER:
-            for lengths, places in NEEDLES.items() if "needle" in parts else ():
-                first = index * len(places) + (FIRST_ALONE if len(lengths) == 1 else 0)
-                for seed in range(first, first + len(places)):
-                    yield from _alike("needle", names, lengths, seed)
-            if "ruler" in parts:
-                for task in RULER:
-                    for lengths in [RULER_LENGTHS] if task in NESTED else [(n,) for n in RULER_LENGTHS]:
-                        yield from _alike(task, names, lengths, index)
-            if "text" in parts and index < len(_texts()):
-                yield from _alike("text", names, (TEXT_TOKENS,), index)
-
-
-def _alike(part: str, names: Iterable[str], lengths: tuple[int, ...], seed: int) -> Iterator[Job]:
-    for name in names:
-        yield Job(part=part, settings=name, lengths=lengths, seed=seed)
+        if "text" in parts and index < len(_texts()):
+            yield "text", (TEXT_TOKENS,), index
+        for lengths, places in NEEDLES.items() if "needle" in parts else ():
+            first = index * len(places) + (FIRST_ALONE if len(lengths) == 1 else 0)
+            for seed in range(first, first + len(places)):
+                yield "needle", lengths, seed
+        for task in RULER if "ruler" in parts else ():
+            for lengths in [RULER_LENGTHS] if task in NESTED else [(n,) for n in RULER_LENGTHS]:
+                yield task, lengths, index
 
 
 class Bench:
