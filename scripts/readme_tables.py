@@ -225,7 +225,9 @@ def quality(record: dict[str, Any]) -> str:
             text += [f"{row['top1']:.1%}", f"{row['kl']:.3f}"]
             text += [f"{row['ppl_ratio']:.3f}", f"{row['greedy_match']:.3g}"]
         rows.append([f"`{name}`", *text, _beside_dense(row, "needle"), _beside_dense(row, "ruler")])
-    return _table(rows) + _source(record, "quality.json")
+    kept = record["results"].get("kept_from", {})
+    as_of = "".join(f"; `{name}` as reported at {commit[:7]}" for name, commit in kept.items())
+    return _table(rows) + _source(record, "quality.json") + as_of
 
 
 def _beside_dense(row: dict[str, Any], part: str) -> str:
