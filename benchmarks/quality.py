@@ -6,12 +6,14 @@
 A sample (part, settings, lengths, seed) is read once and asked at each of its lengths. Every such cell is
 a line of `--cells` that names the settings and the commit it was measured with; with other settings it is
 measured anew, and several processes may share the file. A row says how many it has, and what dense scores on
-those same ones; one that has none stays as the record before has it. Where a context fits in a budget,
-selection takes everything: the cell is dense's. `default` reads as much as its heads need, up to 4,096 keys;
-it is sparse from the first token here. Numbers are budgets.
+those same ones; a part of a row (texts, needles, RULER) of which the record before has more stays as it is
+there. Where a context fits in a budget, selection takes everything: the cell is dense's. `default` reads as
+much as its heads need, up to 4,096 keys; it is sparse from the first token here. Numbers are budgets.
 """
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,7 +56,8 @@ FIRST_ALONE = 1000  # seed of contexts of one length: a cell is named by its len
 class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One measurement: scores by label, and for texts what was read and the greedy continuation.
 
-    `seconds` are the sample's up to this length; `sparse` and `commit` are what was measured.
+    `seconds` are the sample's up to this length, less what was shared with the settings before; `sparse` and
+    `commit` are what was measured.
     """
 
     part: str
@@ -97,7 +100,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def jobs(parts: list[str], rounds: int) -> Iterator[Job]:
-    """Every job: a sample for all settings, which share what they read alike, before the next sample."""
+    """Every job: a sample for all settings, which share what they read of it alike, before the next."""
     for part, lengths, seed in _samples(parts, rounds):
         for name in SETTINGS:
             yield Job(part=part, settings=name, lengths=lengths, seed=seed)
@@ -123,34 +126,37 @@ class Bench:
         self._tokenizer = Tokenizer.from_directory(directory)
         self._writer = Writer(self._tokenizer)
         self._reader = Reader(load_model(directory, "cpu", torch.float32), MAX_TOKENS)
-        self._cells, self._found, self._start_s = cells, read_cells(cells), 0.0
+        self._cells, self._size, self._start_s = cells, 0, 0.0
+        self._found: dict[str, Cell] = {}
         self._dense_texts: dict[int, torch.Tensor] = {}  # hidden states of the rows that are scored
-        self._commit = make_record("quality", {}, Gate(checks={}), {})["commit"]
+        record = make_record("quality", {}, Gate(checks={}), {})
+        self._commit = f"{record['commit'] or 'unknown'}{'+changes' if record['dirty'] else ''}"
 
     def run(self, job: Job) -> list[Cell]:
         """Measure a sample and write its cells; one that reads everything anyway is copied from dense."""
         sparse = SETTINGS[job.settings]
         self._reader.use, self._start_s = AttentionUse(), time.perf_counter()
         if sparse is not None and job.lengths[-1] + 256 <= sparse.first_sparse_position():
-            done = [self._dense(cell) for cell in job.cells()]
+            dense = replace(job, settings="dense")
+            found = self.measured(dense.cells())
+            found = found if len(found) == len(job.lengths) else self.run(dense)
+            done = [replace(cell, settings=job.settings, sparse=sparse) for cell in found]
         elif job.part == "text":
             done = [self._text(cell, sparse) for cell in job.cells()]
         else:
             done = self._task(job, sparse)
-        with self._cells.open("ab") as file:
-            file.write(b"".join(msgspec.json.encode(cell) + b"\n" for cell in done))
-        self._found = read_cells(self._cells)
+        with self._cells.open("ab+") as file:
+            is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+            lines = [msgspec.json.encode(cell) + b"\n" for cell in done]
+            file.write(b"\n" * is_torn + b"".join(lines))
         return done
 
     def measured(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those that were measured, with these settings, as they were measured last."""
+        """Those that were measured, with these settings, as they were measured last, by whatever process."""
+        if self._cells.exists() and self._cells.stat().st_size != self._size:
+            self._found, self._size = read_cells(self._cells), self._cells.stat().st_size
         asked = ((cell, self._found.get(cell.name)) for cell in cells)
         return [own for cell, own in asked if own is not None and own.sparse == cell.sparse]
-
-    def _dense(self, cell: Cell) -> Cell:
-        dense = self.measured([replace(cell, settings="dense", sparse=None)])
-        assert dense, f"{cell.name}: dense comes first"
-        return replace(dense[0], settings=cell.settings, sparse=cell.sparse)
 
     def _finish(self, cell: Cell) -> Cell:
         return replace(cell, seconds=time.perf_counter() - self._start_s, commit=self._commit)
@@ -178,10 +184,11 @@ class Bench:
         context, after = tokens[: cell.length], tokens[cell.length : cell.length + 2]
         targets = torch.tensor(tokens[cell.length - SCORED_TOKENS + 1 : cell.length + 1])
         first = cell.length - SCORED_TOKENS
-        if cell.seed not in self._dense_texts:
+        if sparse is not None and cell.seed not in self._dense_texts:
             self._dense_texts[cell.seed] = self._reader.read(context, None, first)
         self._reader.use = AttentionUse()
-        rows = self._dense_texts[cell.seed], self._reader.read(context, sparse, first)
+        hidden = self._reader.read(context, sparse, first)
+        rows = self._dense_texts.setdefault(cell.seed, hidden), hidden
         dense, own = (torch.cat([self._reader.model.logits(few) for few in all.split(128)]) for all in rows)
         (continued,) = self._reader.ask(cell.length, [after], CONTINUED_TOKENS, sparse)
         scores = compare(own, dense, targets)
@@ -189,9 +196,16 @@ class Bench:
 
 
 def read_cells(path: Path) -> dict[str, Cell]:
-    """What was measured, by name; of several of a name, the last."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return {cell.name: cell for cell in (msgspec.json.decode(line, type=Cell) for line in lines)}
+    """What was measured, by name; of several of a name, the last. Lines that are no cells are left out."""
+    found = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            cell = msgspec.json.decode(line, type=Cell)
+        except msgspec.DecodeError as error:  # a run was killed as it wrote; or its settings had other names
+            print(f"{path.name}:{number}: {error}", file=sys.stderr)
+        else:
+            found[cell.name] = cell
+    return found
 
 
 def compare(logits: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

@@ -64,8 +64,7 @@ class Reader:
     ) -> int:
         """Tokens, at most `most_tokens`, whose KV is what these settings would compute: `read`'s `start`.
 
-        Those before the first sparse one of either settings, if `context` is what was read last, and all that
-        was asked of it came after `most_tokens`.
+        Those before the first sparse one of either settings, if `context` is what was read last.
         """
         last, how = self._last
         shared = most_tokens if last[:most_tokens] == context[:most_tokens] else 0
@@ -85,6 +84,7 @@ class Reader:
         assert num_context % GROUP_TOKENS == 0
         if not questions:
             return []
+        self._last = self._last[0][:num_context], self._last[1]  # questions take the pages after it
         tables, free = [], num_blocks(num_context)
         for question in questions:
             own = num_blocks(len(question) + max_tokens)

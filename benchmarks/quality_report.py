@@ -24,6 +24,18 @@ COLUMNS = (
     "ruler",
     "ruler_of_dense",
 )
+NEEDLES, TASKS = "needles_by_length_and_depth", "ruler_by_task_and_length"
+PARTS = {
+    "texts": ("texts", ("texts", *COLUMNS[:6]), None),
+    **{
+        part: (
+            f"num_{part}_questions",
+            (part, f"{part}_of_dense", f"num_{part}_questions", f"{part}_standard_error"),
+            details,
+        )
+        for part, details in (("needle", NEEDLES), ("ruler", TASKS))
+    },
+}  # of a row: how many samples it has, its columns, and where its details are
 PANELS_ABREAST = 7
 HEAT_MAP = Path(__file__).parents[1] / "docs" / "quality-needles.png"
 Key = tuple[str, int, int]  # part, length, seed
@@ -43,16 +55,17 @@ class Cell(Protocol):
 
 
 def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, Any]) -> None:
-    """Print the table, write the record and the heat map; rows without a cell stay as the record has them."""
+    """Print the table, write the record and the heat map; what the record before has more of stays."""
     by_settings: dict[str, dict[Key, Any]] = defaultdict(dict)
     for cell in cells:
         by_settings[cell.settings][cell.part, cell.length, cell.seed] = cell
     measured = {
-        "table": {name: _row(by_settings, name) for name in by_settings},
-        "needles_by_length_and_depth": {name: _needles(by_settings[name]) for name in by_settings},
-        "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in by_settings},
+        "table": {name: _row(by_settings, name) for name in settings},
+        NEEDLES: {name: _needles(by_settings[name]) for name in settings},
+        TASKS: {name: _ruler(by_settings[name]) for name in settings},
     }
-    results = with_earlier(measured, _record(), list(settings))
+    path = RESULTS / "quality.json"
+    results = with_earlier(measured, settings, json.loads(path.read_text()) if path.exists() else None)
     print(" | ".join(["settings", *COLUMNS]))
     for name, row in results["table"].items():
         print(" | ".join([name, *(_shown(row[column]) for column in COLUMNS)]))
@@ -62,27 +75,38 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
         gate={"passed": all(checks.values()), "checks": checks},
         results={**results, "cells_by_commit": dict(Counter(cell.commit for cell in cells))},
     )
-    heat_map(results["needles_by_length_and_depth"], HEAT_MAP)  # last: the record says what changed before
+    heat_map(results[NEEDLES], HEAT_MAP)  # last: the record says what changed before
 
 
 def with_earlier(
-    measured: dict[str, dict[str, Any]], record: dict[str, Any] | None, order: list[str]
+    measured: dict[str, dict[str, Any]], settings: dict[str, Any], record: dict[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
-    """Each part in `order`, with the rows that only `record` has; `kept_from`: what commit they are of."""
-    earlier = record["results"] if record else {part: {} for part in measured}
-    kept = [name for name in earlier["table"] if name not in measured["table"] and name in order]
-    before = {part: {name: earlier[part][name] for name in kept} for part in measured}
-    parts = {part: {**found, **before[part]} for part, found in measured.items()}
-    by_commit = {name: earlier.get("kept_from", {}).get(name, (record or {})["commit"]) for name in kept}
-    return {
-        **{part: {name: found[name] for name in order if name in found} for part, found in parts.items()},
-        "kept_from": by_commit,
-    }
+    """What was measured, but for parts of rows of which `record`, with the same settings, has more samples.
+
+    `kept_from` names the commit at which each of those was reported. Rows without any sample are left out.
+    """
+    results: dict[str, dict[str, Any]] = {**{part: {} for part in measured}, "kept_from": {}}
+    for name in settings:
+        found = {part: own[name] for part, own in measured.items()}
+        kept = {}
+        if record and name in record["results"]["table"] and _same(record["settings"][name], settings[name]):
+            before = {part: record["results"][part][name] for part in measured}
+            for part, (count, columns, details) in PARTS.items():
+                if before["table"][count] > found["table"][count]:
+                    found["table"] = found["table"] | {column: before["table"][column] for column in columns}
+                    found |= {details: before[details]} if details else {}
+                    reported = record["results"].get("kept_from", {}).get(name, {})
+                    kept[part] = reported.get(part, record["commit"])
+        if any(found["table"][count] for count, _, _ in PARTS.values()):
+            for part, own in found.items():
+                results[part][name] = own
+        if kept:
+            results["kept_from"][name] = kept
+    return results
 
 
-def _record() -> dict[str, Any] | None:
-    path = RESULTS / "quality.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _same(one: Any, other: Any) -> bool:
+    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
 
 
 def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:

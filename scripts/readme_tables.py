@@ -226,7 +226,11 @@ def quality(record: dict[str, Any]) -> str:
             text += [f"{row['ppl_ratio']:.3f}", f"{row['greedy_match']:.3g}"]
         rows.append([f"`{name}`", *text, _beside_dense(row, "needle"), _beside_dense(row, "ruler")])
     kept = record["results"].get("kept_from", {})
-    as_of = "".join(f"; `{name}` as reported at {commit[:7]}" for name, commit in kept.items())
+    as_of = "".join(
+        f"; {part} of `{name}` as reported at {commit[:7]}"
+        for name, parts in kept.items()
+        for part, commit in parts.items()
+    )
     return _table(rows) + _source(record, "quality.json") + as_of
 
 

@@ -1,7 +1,8 @@
 // The `tree` selector: one task is a sibling group and a KV head. Mean queries walk down the tree of key
 // boxes with a beam; the pages they end with are scored exactly by a few sampled rows of each query block;
-// each query block keeps its best. Same steps and names as reference/select_blocks_tree.py. Queries lie in
-// lanes (see lanes.h), so a box or a key is read once for all siblings, samples and heads.
+// each query block keeps its best. With a beam of every page it is `two_stage`. Same steps and names as
+// reference/select_blocks_tree.py. Queries lie in lanes (see lanes.h), so a box or a key is read once for all
+// siblings, samples and heads.
 //
 // Where every row of a single head ranks, its logits are those that attention needs: `attend_block` does both, one
 // query block at a time.

@@ -80,7 +80,7 @@ def test_a_round_asks_for_a_needle_at_every_depth_of_every_length() -> None:
     assert depths.keys() == {1024, 2048, 4096, 6144, 7424}
     assert all(sorted(found) == list(DEPTHS) for found in depths.values()), depths
     names = [cell.name for job in quality.jobs(["needle"], 5) for cell in job.cells()]
-    assert len(names) == len(set(names)), "a file for each cell"
+    assert len(names) == len(set(names)), "a name for each cell"
 
 
 @pytest.mark.parametrize("sparse", [None, LITTLE])
@@ -170,18 +170,82 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
     assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
 
 
-def test_rows_without_a_cell_stay_as_the_record_has_them() -> None:
-    measured = {"table": {"b": {"needle": 1}}, "needles": {"b": {}}}
-    earlier = {
-        "table": {"gone": {}, "b": {"needle": 2}, "a": {"needle": 3}, "c": {"needle": 4}},
-        "needles": {"gone": {}, "b": {}, "a": {"1024": {}}, "c": {}},
-        "kept_from": {"c": "older"},
+def row(name: str, **counts: int) -> dict[str, Any]:
+    columns = {column: name for _, columns, _ in quality_report.PARTS.values() for column in columns}
+    counted = {count: counts.get(part, 0) for part, (count, _, _) in quality_report.PARTS.items()}
+    return {**columns, **counted}
+
+
+def test_what_the_record_has_more_of_stays() -> None:
+    """By part of a row, of the same settings; nothing is lost because a run was short."""
+    details = (quality_report.NEEDLES, quality_report.TASKS)
+    settings = {"a": None, "b": {"layers": ()}, "c": {"budget": 2}, "d": None}
+    mine = {
+        "a": row("mine"),
+        "b": row("mine", needle=3, ruler=2),
+        "c": row("mine"),
+        "d": row("mine", texts=1),
     }
-    found = quality_report.with_earlier(measured, {"results": earlier, "commit": "old"}, ["a", "b", "c"])
-    assert list(found["table"].items()) == [("a", {"needle": 3}), ("b", {"needle": 1}), ("c", {"needle": 4})]
-    assert found["needles"] == {"a": {"1024": {}}, "b": {}, "c": {}}
-    assert found["kept_from"] == {"a": "old", "c": "older"}
-    assert quality_report.with_earlier(measured, None, ["a", "b"]) == {**measured, "kept_from": {}}
+    measured = {"table": mine, **{part: dict.fromkeys(settings, "mine") for part in details}}
+    theirs = {name: row("old", needle=2, ruler=4) for name in ("gone", "a", "b", "c")}
+    results = {"table": theirs, **{part: dict.fromkeys(theirs, "old") for part in details}}
+    results["kept_from"] = {"a": {"needle": "older"}}
+    record = {"commit": "old", "settings": {"a": None, "b": {"layers": []}, "c": {"budget": 1}}}
+    found = quality_report.with_earlier(measured, settings, {**record, "results": results})
+    assert list(found["table"]) == ["a", "b", "d"], "c had other settings, and nothing of these"
+    assert found["kept_from"] == {"a": {"needle": "older", "ruler": "old"}, "b": {"ruler": "old"}}
+    assert found[quality_report.NEEDLES] == {"a": "old", "b": "mine", "d": "mine"}
+    assert found[quality_report.TASKS] == {"a": "old", "b": "old", "d": "mine"}
+    b = found["table"]["b"]
+    assert (b["needle"], b["num_needle_questions"], b["ruler"], b["num_ruler_questions"]) == (
+        "mine",
+        3,
+        "old",
+        4,
+    )
+    assert found["table"]["d"] == mine["d"]
+    alone = quality_report.with_earlier(measured, settings, None)
+    assert (list(alone["table"]), alone["kept_from"]) == (["b", "d"], {})
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings and lengths for a tiny model."""
+    early = msgspec.structs.replace(LITTLE, budget_tokens=256, top_p=None)
+    settings = {"dense": None, "early": early, "all": msgspec.structs.replace(early, budget_tokens=4096)}
+    monkeypatch.setattr(quality, "SETTINGS", settings)
+
+
+def needles(name: str, *lengths: int) -> quality.Job:
+    return quality.Job(part="needle", settings=name, lengths=lengths, seed=0)
+
+
+def test_a_bench_keeps_its_cells(tiny_directory: Path, tmp_path: Path, small: None) -> None:
+    """Another goes on from them; what reads everything is dense's, which is measured if it was not."""
+    path = tmp_path / "cells.jsonl"
+    bench, other = (quality.Bench(tiny_directory, path) for _ in range(2))
+    (whole,) = bench.run(needles("all", 1024))
+    assert [own.settings for own in quality.read_cells(path).values()] == ["dense", "all"]
+    (dense,) = other.measured(needles("dense", 1024).cells())
+    assert (dense.scores, dense.commit) == (whole.scores, whole.commit)
+    shared, whole_again = (
+        [own.scores for own in chosen.run(needles("early", 256, 1024))] for chosen in (bench, other)
+    )
+    assert shared == whole_again, "bench had read the first tokens for dense, other nothing"
+    cells = needles("early", 256, 1024).cells()
+    assert [own.name for own in bench.measured(cells)] == [own.name for own in cells]
+    assert bench.measured([msgspec.structs.replace(cells[0], sparse=LITTLE)]) == []
+
+
+def test_a_torn_line_costs_only_itself(
+    tiny_directory: Path, tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cells.jsonl"
+    quality.Bench(tiny_directory, path).run(needles("dense", 512))
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:40])
+    quality.Bench(tiny_directory, path).run(needles("early", 512))
+    assert [own.settings for own in quality.read_cells(path).values()] == ["dense", "early"]
+    assert "cells.jsonl:2: " in capsys.readouterr().err
 
 
 def test_the_heat_map_has_a_panel_for_every_row_of_the_table(tmp_path: Path) -> None:

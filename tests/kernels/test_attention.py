@@ -63,14 +63,21 @@ def test_decode_weighs_the_splits_of_long_lists(impl: str, loudest: int) -> None
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, check_dtype=False)
 
 
-@pytest.mark.parametrize("top_p", [None, 0.8])
+@pytest.mark.parametrize(("selector", "top_p"), [("tree", None), ("tree", 0.8), ("two_stage", 0.8)])
 @pytest.mark.parametrize(("heads", "sampled"), [((2, 2), 64), ((2, 2), 2), ((4, 2), 64)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_prefill_is_selection_then_attention(
-    impl: str, dtype: torch.dtype, heads: tuple[int, int], sampled: int, top_p: float | None
+    impl: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    sampled: int,
+    selector: str,
+    top_p: float | None,
 ) -> None:
     batch = make_batch([(64 * 8, 200), (0, 257), (0, 0), (64 * 4, 1), (256, 256)], heads=heads, dtype=dtype)
-    config = kk.SelectionConfig(budget=4, sampled_queries=sampled, candidate_factor=1.5, top_p=top_p)
+    config = kk.SelectionConfig(
+        budget=4, selector=selector, sampled_queries=sampled, candidate_factor=1.5, top_p=top_p
+    )
     stats = kk.kv_block_stats(batch.kv)
     chosen = kk.select_blocks(
         batch.q, batch.kv, config, cu_seqlens_q=batch.cu_seqlens_q, stats=stats, impl=impl

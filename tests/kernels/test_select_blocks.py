@@ -200,13 +200,15 @@ def test_a_planted_block_is_found_through_the_tree(selector: str, needle: int, s
     assert needle in lists(select(planted, config), 0, 0)
 
 
-def test_tree_with_a_beam_of_everything_equals_the_flat_scan(impl: str, working_dtype: torch.dtype) -> None:
-    batch = make_batch([(0, 64 * 40)], dtype=working_dtype)
-    flat, tree = (
-        select(batch, kk.SelectionConfig(budget=6, selector=name, beam_factor=1000.0), impl)
-        for name in ("two_stage", "tree")
-    )
-    assert torch.equal(flat.indices, tree.indices)
+def test_a_beam_of_everything_is_the_flat_scan_and_a_narrow_one_is_not(
+    impl: str, working_dtype: torch.dtype
+) -> None:
+    batch = make_batch([(64 * 100, 64 * 4)], dtype=working_dtype)
+    narrow = kk.SelectionConfig(budget=6, beam_factor=1.0, candidate_factor=1.0)
+    flat = select(batch, replace(narrow, selector="two_stage"))
+    assert torch.equal(select(batch, replace(narrow, selector="two_stage"), impl).indices, flat.indices)
+    assert torch.equal(select(batch, replace(narrow, beam_factor=1000.0), impl).indices, flat.indices)
+    assert not torch.equal(select(batch, narrow, impl).indices, flat.indices)
 
 
 def test_top_p_stops_early_and_keeps_forced_blocks(impl: str, working_dtype: torch.dtype) -> None:

@@ -24,8 +24,8 @@ def sparse_prefill(
 ) -> tuple[Tensor, Tensor, BlockSelection]:
     """``select_blocks``, then ``block_sparse_prefill`` over what was selected.
 
-    Where lists are ranked by all 64 rows of a block, each for a single query head (``cpu-native``, ``tree``),
-    their logits are computed once for both.
+    Where ``tree`` or ``two_stage`` ranks lists by all 64 rows of a block, each for a single query head
+    (``cpu-native``), their logits are computed once for both.
 
     Arguments, errors and implementations as of the two. Returns ``(out, lse, selection)``.
     """
