@@ -8,7 +8,8 @@ a line of `--cells` that names the settings and the commit it was measured with;
 measured anew, and several processes may share the file. A row says how many it has, and what dense scores on
 those same ones; a part of a row (texts, needles, RULER) of which the record before has more stays as it is
 there. Where a context fits in a budget, selection takes everything: the cell is dense's. `default` reads as
-much as its heads need, up to 4,096 keys; it is sparse from the first token here. Numbers are budgets.
+much as its heads need, up to 4,096 keys, `p95` less of that, about as much as `1024`; both are sparse from
+the first token here. Numbers are budgets.
 """
 
 import argparse
@@ -40,6 +41,7 @@ COMPARED = ("quest", "mean_pool", "two_stage", "antidiagonal", "local", "oracle"
 SETTINGS: dict[str, SparseAttention | None] = {
     "dense": None,
     "default": SparseAttention(dense_below_tokens=0),
+    "p95": SparseAttention(dense_below_tokens=0, top_p=0.95),
     "2048": SparseAttention(budget_tokens=2048, dense_below_tokens=0),
     "1024": FIXED,
     "512": replace(FIXED, budget_tokens=512),

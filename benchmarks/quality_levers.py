@@ -32,6 +32,8 @@ class Lever:
 
     queries, per_head: who shares a list: so many queries, and the heads of a group unless `per_head`.
     sampled: rows of 64 that rank, the heads interleaved; None is all of them.
+    by_peak: lists are ranked by the largest share that one of these gives a block, not by their mean.
+    across_heads: the budget is that of a layer's lists on average; blocks compete over all of them.
     top_p: stop once this share is held. tail: unselected blocks still give their mean value, weighted by
     their exact mass; no estimate of that tail can do better.
     """
@@ -41,6 +43,8 @@ class Lever:
     queries: int = 64
     per_head: bool = False
     sampled: int | None = None
+    by_peak: bool = False
+    across_heads: bool = False
     top_p: float | None = None
     key_block: int = 64
     dense_layers: tuple[int, ...] = (0, 1)
@@ -59,6 +63,11 @@ LEVERS = {
     "a list for each query of each head": Lever(queries=1, per_head=True),
     "blocks of 16 keys": Lever(key_block=16),
     "top_p 0.95": Lever(top_p=0.95, budget=96),
+    "a list for each head, no dense layers": Lever(per_head=True, dense_layers=()),
+    "the same, ranked by the largest share": Lever(per_head=True, dense_layers=(), by_peak=True),
+    "the same, heads share a budget": Lever(per_head=True, dense_layers=(), across_heads=True),
+    "the same, both": Lever(per_head=True, dense_layers=(), by_peak=True, across_heads=True),
+    "the same, top_p 0.95": Lever(per_head=True, dense_layers=(), top_p=0.95, budget=96),
     "top_p 0.96, a list for each head": Lever(top_p=0.96, budget=96, per_head=True),
     "the same, no dense layers": Lever(top_p=0.96, budget=96, per_head=True, dense_layers=()),
     "the same, ranked by 8 rows": Lever(top_p=0.96, budget=96, per_head=True, dense_layers=(), sampled=8),
@@ -112,16 +121,22 @@ def chosen(weights: Tensor, first: int, lever: Lever) -> Tensor:
     if lever.top_p is not None:
         wanted = held.cumsum(-1) - held < lever.top_p
     lists = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order, wanted) | forced
+    if lever.across_heads:
+        every = rank.permute(2, 0, 1, 3).flatten(1)  # [lists, H * G * count]
+        least = every.topk(min(lever.budget * per_block * heads * shared.shape[1], every.shape[1])).values[
+            :, -1
+        ]
+        lists = rank >= least[:, None]
     lists = (lists & visible).repeat_interleave(rows // shared.shape[2], 2)
     return lists.expand(heads, group, rows, count)
 
 
 def ranking(mass: Tensor, lever: Lever) -> Tensor:
-    """Mean mass of the rows that share a list, `[H, G or 1, lists, blocks]`."""
+    """Mean mass, or the largest, of the rows that share a list, `[H, G or 1, lists, blocks]`."""
     group = mass.shape[1]
     tiles = mass.unflatten(2, (-1, BLOCK if lever.sampled else lever.queries))
     if lever.sampled is None:
-        shared = tiles.mean(3)
+        shared = tiles.amax(3) if lever.by_peak else tiles.mean(3)
     else:
         step = BLOCK / lever.sampled
         picks = [[int((i + (g + 0.5) / group) * step) for i in range(lever.sampled)] for g in range(group)]

@@ -273,6 +273,12 @@ def test_a_lever_reads_what_it_says() -> None:
     assert read() == [[0, 2, 4], [0, 2, 5]] * 2
     assert read(per_head=True) == [[0, 1, 4], [0, 1, 5], [0, 2, 4], [0, 2, 5]]
     assert read(top_p=0.1) == [[0, 4], [0, 5]] * 2
+    weights[0, 0, 7, 128] = 0.9  # one query's
+    assert read(per_head=True, by_peak=True) == [[0, 2, 4], [0, 1, 5], [0, 2, 4], [0, 2, 5]]
+    weights[0, 0, 7, 128] = 0.0
+    weights[0, 1, :, 192] = 0.65  # a second block that this head looks at more than the other at its first
+    assert read(per_head=True, across_heads=True) == [[0, 4], [0, 5], [0, 2, 3, 4], [0, 2, 3, 5]]
+    weights[0, 1, :, 192] = 0.0
     assert read(budget=4) == [[0, 1, 2, 4], [0, 1, 2, 5]] * 2
     kept = quality_levers.chosen(weights, 256, lever)
     assert torch.allclose(
