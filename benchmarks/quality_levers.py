@@ -123,10 +123,8 @@ def chosen(weights: Tensor, first: int, lever: Lever) -> Tensor:
     lists = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order, wanted) | forced
     if lever.across_heads:
         every = rank.permute(2, 0, 1, 3).flatten(1)  # [lists, H * G * count]
-        least = every.topk(min(lever.budget * per_block * heads * shared.shape[1], every.shape[1])).values[
-            :, -1
-        ]
-        lists = rank >= least[:, None]
+        together = min(lever.budget * per_block * heads * shared.shape[1], every.shape[1])
+        lists = rank >= every.topk(together).values[:, -1:]
     lists = (lists & visible).repeat_interleave(rows // shared.shape[2], 2)
     return lists.expand(heads, group, rows, count)
 
