@@ -22,6 +22,8 @@ SELECTING_WITHOUT_KEYS = ("tree", "two_stage", "quest", "mean_pool", "local")
 MAX_TOKENS = 2**31 - 1  # positions are counted in 32 bits
 HAND_OFFS = ("full", "sparse")
 ATTENTION = ("dense", "sparse", "auto")
+SELECTION = 2
+"""Counts up when the same settings come to select other blocks, so that KV in files is not found then."""
 
 
 class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,9 +35,9 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     generated tokens. `top_p` stops before the budget, once the blocks taken hold that share of the attention
     to the candidates; None reads the whole budget.
 
-    With `exact`, each query head has a list of its own, ranked by every query of a block. Without, the heads
-    of a KV group share one, ranked by two of a block's 64 queries: that is chosen in less time, and further
-    from dense at the same number of keys.
+    With `exact`, each query head has a list of its own, ranked by the largest share of attention that any
+    query of a block gives. Without, the heads of a KV group share one, ranked by the mean of two of a block's
+    64 queries: that is chosen in less time, and further from dense at the same number of keys.
 
     `tree` and `two_stage` name candidates by statistics and rank them by their keys: `candidate_tokens` keys,
     or twice the budget if that is more. These are read to choose; attention reads those chosen.

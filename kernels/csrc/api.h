@@ -51,7 +51,7 @@ struct Stats {
 };
 
 struct TreeConfig {
-  int64_t budget, sink_blocks, local_blocks, num_candidates, beam, sampled_queries, sibling_blocks;
+  int64_t budget, sink_blocks, local_blocks, num_candidates, beam, sampled_queries, sibling_blocks, by_peak;
   double top_p;  // above 1: none
 };
 

@@ -58,10 +58,10 @@ class TreeGroup {
   // Lists of each query block, `budget` apart, and their counts, `num_kv_heads` rows apart.
   void select(int32_t *indices, int32_t *counts, int64_t row_stride) {
     const Blocks blocks = blocks_to_rank();
-    const std::vector<float> shares = rerank(blocks);
+    const std::vector<Scores> scores = rerank(blocks);
     for (int i = 0; i < num_blocks_; ++i)
-      counts[i * row_stride] = keep_best(blocks, shares.data() + size_t(i) * blocks.size(), first_own_ + i,
-                                         indices + i * row_stride * config_.budget);
+      counts[i * row_stride] =
+          keep_best(blocks, scores[size_t(i)], first_own_ + i, indices + i * row_stride * config_.budget);
   }
 
   Blocks blocks_to_rank() {
@@ -95,9 +95,7 @@ class TreeGroup {
     }
     float *masses = scratch(kMasses, size_t(n) * padded);
     masses_from(peaks, sums, n, padded, masses);
-    std::vector<float> shares;
-    for (int j = 0; j < n; ++j) shares.push_back(lane_sum(masses + size_t(j) * padded, 0, tile.lanes) / tile.lanes);
-    const int32_t count = keep_best(blocks, shares.data(), first_own_ + i, indices);
+    const int32_t count = keep_best(blocks, scores_of(masses, n, padded, 0, tile.lanes), first_own_ + i, indices);
 
     float *out = scratch(kOutput, size_t(padded) * d_), *top = scratch(kState, 2 * size_t(padded)), *sum = top + padded;
     std::fill(out, out + size_t(padded) * d_, 0.0f);
@@ -267,8 +265,24 @@ class TreeGroup {
       }
   }
 
-  // Exact softmax mass of the sampled rows on each listed block, mean per query block: [num_blocks, n].
-  std::vector<float> rerank(const Blocks &blocks) {
+  // Of one query block, for each listed block: the share of attention it gets, and what it is ranked by.
+  struct Scores {
+    std::vector<float> shares, ranks;
+  };
+
+  // From the rows' masses [n, padded], of which it has the lanes from `first` on.
+  Scores scores_of(const float *masses, int n, int padded, int first, int lanes) const {
+    Scores scores;
+    for (int j = 0; j < n; ++j) {
+      const float *own = masses + size_t(j) * padded;
+      scores.shares.push_back(lane_sum(own, first, lanes) / lanes);
+      scores.ranks.push_back(config_.by_peak ? *std::max_element(own + first, own + first + lanes) : scores.shares.back());
+    }
+    return scores;
+  }
+
+  // By the exact softmax masses of the sampled rows on each listed block.
+  std::vector<Scores> rerank(const Blocks &blocks) {
     const int samples = num_rows_ == 1 ? 1 : int(config_.sampled_queries);  // a single row stands for all
     const int per_block = samples * group_;
     const std::vector<int> rows = sample(0, num_blocks_, per_block);
@@ -282,11 +296,10 @@ class TreeGroup {
       block_mass(tile, rows, blocks[size_t(j)], weights, peaks + at, sums + at);
     }
     masses_from(peaks, sums, n, padded, sums);
-    std::vector<float> shares(size_t(num_blocks_) * n);
+    std::vector<Scores> scores;
     for (int block = 0; block < num_blocks_; ++block)
-      for (int j = 0; j < n; ++j)
-        shares[size_t(block) * n + j] = lane_sum(sums + size_t(j) * padded, block * per_block, per_block) / per_block;
-    return shares;
+      scores.push_back(scores_of(sums, n, padded, block * per_block, per_block));
+    return scores;
   }
 
   // The row of each lane: `per_block` of every query block, spread evenly; the heads of a group interleave.
@@ -384,8 +397,9 @@ class TreeGroup {
     });
   }
 
-  // Forced blocks, then by share; equal shares keep the order of `blocks`. Writes ascending, then -1.
-  int32_t keep_best(const Blocks &blocks, const float *shares, int64_t own, int32_t *indices) const {
+  // Forced blocks, then by rank; equal ranks keep the order of `blocks`. Writes ascending, then -1.
+  int32_t keep_best(const Blocks &blocks, const Scores &scores, int64_t own, int32_t *indices) const {
+    const std::vector<float> &shares = scores.shares, &ranks = scores.ranks;
     std::vector<int> order;
     float visible_mass = 0;
     const auto forced = [&](int i) {
@@ -394,18 +408,18 @@ class TreeGroup {
     for (int i = 0; i < int(blocks.size()); ++i) {
       if (blocks[size_t(i)] > own) continue;
       order.push_back(i);
-      visible_mass += shares[i];
+      visible_mass += shares[size_t(i)];
     }
     const size_t count = std::min(order.size(), size_t(config_.budget));
     std::partial_sort(order.begin(), order.begin() + int64_t(count), order.end(), [&](int a, int b) {
       if (forced(a) != forced(b)) return forced(a);
-      return forced(a) || shares[a] == shares[b] ? a < b : shares[a] > shares[b];
+      return forced(a) || ranks[size_t(a)] == ranks[size_t(b)] ? a < b : ranks[size_t(a)] > ranks[size_t(b)];
     });
     int32_t kept = 0;
     double taken = 0;
     for (size_t i = 0; i < count; ++i) {
       if (forced(order[i]) || taken < config_.top_p) indices[kept++] = int32_t(blocks[size_t(order[i])]);
-      taken += shares[order[i]] / std::max(visible_mass, 1e-30f);
+      taken += shares[size_t(order[i])] / std::max(visible_mass, 1e-30f);
     }
     std::sort(indices, indices + kept);
     std::fill(indices + kept, indices + config_.budget, -1);

@@ -144,7 +144,7 @@ def operations(shape: GateShape) -> dict[str, Callable[[], object]]:
         return select_blocks(q if cu is not None else q[:2], kv, config, cu, stats, 0.1)
 
     def select_exactly() -> BlockSelection:
-        config = SelectionConfig(budget=shape.budget, sampled_queries=64, top_p=0.98)
+        config = SelectionConfig(budget=shape.budget, sampled_queries=64, by_peak=True, top_p=0.98)
         return select_blocks(q[:, :: shape.group], kv, config, cu_seqlens_q, stats, 0.1)
 
     calls: dict[str, Callable[[], object]] = {

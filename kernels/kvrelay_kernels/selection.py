@@ -24,6 +24,9 @@ class SelectionConfig:
     beam_factor: nodes kept per tree level, as a multiple of the candidates.
     sampled_queries: rows of a query block and head that rerank the candidates exactly; the heads of a GQA
         group sample different rows.
+    by_peak: rank candidates by the largest share that one of these rows gives them, not by the rows' mean;
+        ``top_p`` adds up means all the same. For ``tree``, ``two_stage`` and ``oracle``; other selectors have
+        no rows.
     sibling_blocks: query blocks that share one candidate list (1 to share none).
 
     The defaults are the cheapest that reach the bars of ``benchmarks/selection.py`` with a margin.
@@ -37,6 +40,7 @@ class SelectionConfig:
     candidate_factor: float = 2.0
     beam_factor: float = 2.0
     sampled_queries: int = 2
+    by_peak: bool = False
     sibling_blocks: int = FANOUT
 
     def __post_init__(self) -> None:

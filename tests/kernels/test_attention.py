@@ -76,7 +76,12 @@ def test_sparse_prefill_is_selection_then_attention(
 ) -> None:
     batch = make_batch([(64 * 8, 200), (0, 257), (0, 0), (64 * 4, 1), (256, 256)], heads=heads, dtype=dtype)
     config = kk.SelectionConfig(
-        budget=4, selector=selector, sampled_queries=sampled, candidate_factor=1.5, top_p=top_p
+        budget=4,
+        selector=selector,
+        sampled_queries=sampled,
+        by_peak=top_p is not None,
+        candidate_factor=1.5,
+        top_p=top_p,
     )
     stats = kk.kv_block_stats(batch.kv)
     chosen = kk.select_blocks(

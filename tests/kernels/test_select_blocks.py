@@ -105,6 +105,37 @@ def test_ranking_by_every_query_of_one_head_is_the_oracles(impl: str, working_dt
                 assert mine == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.8])
+@pytest.mark.parametrize("sampled", [2, 64])
+@pytest.mark.parametrize("selector", ["tree", "two_stage", "oracle"])
+def test_lists_by_peak_are_the_reference_s(
+    impl: str, working_dtype: torch.dtype, selector: str, sampled: int, top_p: float | None
+) -> None:
+    batch = make_batch([(64 * 40, 70), (64 * 7, 64 * 2)], seed=3, heads=(2, 2), dtype=working_dtype)
+    by_mean = kk.SelectionConfig(
+        budget=6, selector=selector, candidate_factor=1.5, sampled_queries=sampled, top_p=top_p
+    )
+    by_peak = replace(by_mean, by_peak=True)
+    want = select(batch, by_peak)
+    assert torch.equal(select(batch, by_peak, impl).indices, want.indices)
+    assert not torch.equal(select(batch, by_mean).indices, want.indices)
+
+
+@pytest.mark.parametrize("selector", ["tree", "two_stage", "oracle"])
+def test_a_block_that_one_query_reads_is_found_by_peak(impl: str, selector: str) -> None:
+    """Row 40 looks at block 3 alone, the others spread over four other blocks: by mean those come first."""
+    batch = make_batch([(64 * 12, 64)], heads=(1, 1), dtype=torch.float32)
+    q, k_pages = torch.zeros_like(batch.q), torch.zeros_like(batch.kv.k_pages)
+    q[..., 0], q[40, :, 0], q[40, :, 1] = 8.0, 0.0, 8.0
+    pages = batch.kv.block_table[0].long()
+    k_pages[pages[5:9], ..., 0], k_pages[pages[3], ..., 1] = 8.0, 8.0
+    planted = replace(batch, q=q, kv=replace(batch.kv, k_pages=k_pages))
+    config = kk.SelectionConfig(budget=6, selector=selector, sampled_queries=64)
+    found = [set(lists(select(planted, replace(config, by_peak=how), impl), 0, 0)) for how in (False, True)]
+    assert found[0] == {0, 5, 6, 7, 11, 12}
+    assert found[1] == {0, 3, 5, 6, 11, 12}
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_decode_lists_at_every_length_edge(impl: str, working_dtype: torch.dtype, selector: str) -> None:
     skip_without_kernel(selector, impl)

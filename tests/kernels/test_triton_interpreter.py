@@ -24,6 +24,7 @@ SAMPLE = " or ".join(
         "(up_to_ties and (tree or quest))",
         "(without_the_oracle and tree)",
         "is_the_oracles",
+        "(by_peak_are and tree and 64)",
     ]
 )
 

@@ -56,7 +56,7 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
     factor = max(config.candidate_factor, (candidates + 0.5) / config.budget)
     every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway
     rows = BLOCK_SIZE if every_row_ranks else config.sampled_queries
-    return replace(config, candidate_factor=factor, sampled_queries=rows)
+    return replace(config, candidate_factor=factor, sampled_queries=rows, by_peak=every_row_ranks)
 
 
 def lists_per_group(sparse: SparseAttention, num_q_heads: int, num_kv_heads: int) -> int:

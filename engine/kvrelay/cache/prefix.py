@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kvrelay.sampling_params import SamplingParams
-from kvrelay.sparse import GROUP_TOKENS, SparseAttention, shareable_tokens, sparse_settings
+from kvrelay.sparse import GROUP_TOKENS, SELECTION, SparseAttention, shareable_tokens, sparse_settings
 from kvrelay.types import BLOCK_SIZE, RequestSpec
 
 HASH_BYTES = 16
@@ -53,7 +53,7 @@ class Prefixes:
         if sparse is None:
             return block_hashes(token_ids, self.fingerprint, params.cache_salt)
         count = shareable_tokens(min(len(token_ids), num_prompt_tokens - 1), sparse)
-        namespace = f"{self.fingerprint} {msgspec.json.encode(sparse).decode()}"
+        namespace = f"{self.fingerprint} {SELECTION} {msgspec.json.encode(sparse).decode()}"
         return block_hashes(token_ids[:count], namespace, params.cache_salt)
 
 

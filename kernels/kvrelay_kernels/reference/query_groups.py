@@ -68,10 +68,12 @@ class QueryGroup:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBlocks:
     """What a selector returns: ``blocks [num_kv_heads, n]`` (distinct, -1 none; the forced ones among them)
-    and ``scores [num_kv_heads, m, n]``, non-negative shares of attention as the selector estimates them."""
+    and ``scores [num_kv_heads, m, n]``, non-negative shares of attention as the selector estimates them.
+    ``ranks``, of the same shape, orders blocks where it is not the scores that do."""
 
     blocks: Tensor
     scores: Tensor
+    ranks: Tensor | None = None
 
 
 def query_groups(chunk: Chunk, q: Tensor, siblings: int) -> Iterator[QueryGroup]:
@@ -113,6 +115,16 @@ def block_masses(q: Tensor, positions: Tensor, view: SequenceView, blocks: Tenso
         hidden = (key > positions[None, :, None, None]) | (tile < 0)[:, None, :, None]
         parts.append(logits.masked_fill(hidden, -torch.inf).logsumexp(-1))
     return torch.cat(parts, dim=-1).softmax(-1)
+
+
+def scored_by_rows(
+    blocks: Tensor, masses: Tensor, num_query_blocks: int, config: SelectionConfig
+) -> ScoredBlocks:
+    """Scores from the masses ``[heads, m * r, n]`` of the rows that rank for each query block."""
+    by_block = masses.reshape(masses.shape[0], num_query_blocks, -1, masses.shape[2])
+    return ScoredBlocks(
+        blocks=blocks, scores=by_block.mean(2), ranks=by_block.amax(2) if config.by_peak else None
+    )
 
 
 def mean_over_rows(masses: Tensor, num_query_blocks: int) -> Tensor:

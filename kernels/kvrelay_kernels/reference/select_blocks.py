@@ -62,7 +62,7 @@ def empty_selection(
 
 
 def keep_best(scored: ScoredBlocks, own: Tensor, config: SelectionConfig) -> tuple[Tensor, Tensor]:
-    """Lists of each query block: forced blocks, then by score; equal scores keep the selector's order.
+    """Lists of each query block: forced blocks, then by rank; equal ranks keep the selector's order.
 
     own: ``[m]`` block of each query block. Returns indices ``[m, heads, budget]`` int32 ascending then -1,
     and counts ``[m, heads]`` int32.
@@ -71,7 +71,8 @@ def keep_best(scored: ScoredBlocks, own: Tensor, config: SelectionConfig) -> tup
     visible = (blocks >= 0) & (blocks <= own[None, :, None])
     forced = visible & ((blocks < config.sink_blocks) | (blocks > own[None, :, None] - config.local_blocks))
     mass = scored.scores.masked_fill(~visible, 0.0)
-    rank = scored.scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
+    ranks = scored.scores if scored.ranks is None else scored.ranks
+    rank = ranks.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
     order = rank.argsort(dim=-1, descending=True, stable=True)[..., : config.budget]
     keep = visible.gather(-1, order)
     if config.top_p is not None:

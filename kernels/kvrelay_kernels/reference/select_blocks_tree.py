@@ -15,7 +15,7 @@ from kvrelay_kernels.reference.query_groups import (
     ScoredBlocks,
     block_masses,
     forced_blocks,
-    mean_over_rows,
+    scored_by_rows,
 )
 from kvrelay_kernels.reference.select_blocks_flat import box_bound
 from kvrelay_kernels.selection import SelectionConfig
@@ -91,4 +91,4 @@ def _rerank(group: QueryGroup, candidates: Tensor, config: SelectionConfig, scal
     blocks = torch.cat([forced, candidates.sort(-1).values], dim=1)
     rows, positions = group.sampled(config.sampled_queries)
     masses = block_masses(rows, positions, group.view, blocks, scale)
-    return ScoredBlocks(blocks=blocks, scores=mean_over_rows(masses, len(group.own_blocks)))
+    return scored_by_rows(blocks, masses, len(group.own_blocks), config)

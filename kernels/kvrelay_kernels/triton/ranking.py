@@ -57,26 +57,28 @@ def count_above(bits_ptr, count, threshold, TILE: tl.constexpr):
 
 
 @triton.jit
-def mass_above(bits_ptr, count, threshold, TILE: tl.constexpr):
-    """Sum of the scores in ``bits[:count]`` greater than ``threshold``, forced entries left out."""
+def mass_above(bits_ptr, mass_ptr, count, threshold, TILE: tl.constexpr):
+    """Sum of ``mass[:count]`` where ``bits`` are greater than ``threshold``, forced entries left out."""
     mass = tl.zeros([], dtype=tl.float32)
     for start in range(0, count, TILE):
         index = start + tl.arange(0, TILE)
         bits = tl.load(bits_ptr + index, mask=index < count, other=-1)
+        share = tl.load(mass_ptr + index, mask=index < count, other=0)
         chosen = (bits > threshold) & (bits < FORCED)
-        mass += tl.sum(tl.where(chosen, bits, 0).to(tl.float32, bitcast=True), 0)
+        mass += tl.sum(tl.where(chosen, share, 0).to(tl.float32, bitcast=True), 0)
     return mass
 
 
 @triton.jit
-def score_limit(bits_ptr, count, forced_mass, wanted_mass, TILE: tl.constexpr):
-    """Smallest ``t >= 0`` such that forced entries and scores above ``t`` hold less than ``wanted_mass``."""
+def score_limit(bits_ptr, mass_ptr, count, forced_mass, wanted_mass, TILE: tl.constexpr):
+    """Smallest ``t >= 0`` such that forced entries and those with bits above ``t`` hold less than
+    ``wanted_mass``."""
     limit = tl.full([], -1, dtype=tl.int32)
     for step in range(31):
         candidate = tl.maximum(limit, 0) | (1 << (30 - step))
-        enough = forced_mass + mass_above(bits_ptr, count, candidate, TILE) >= wanted_mass
+        enough = forced_mass + mass_above(bits_ptr, mass_ptr, count, candidate, TILE) >= wanted_mass
         limit = tl.where(enough, candidate, limit)
-    at_zero = forced_mass + mass_above(bits_ptr, count, 0, TILE) >= wanted_mass
+    at_zero = forced_mass + mass_above(bits_ptr, mass_ptr, count, 0, TILE) >= wanted_mass
     return tl.where((limit < 0) & at_zero, 0, limit) + 1
 
 
@@ -91,13 +93,14 @@ def kept_of_tile(bits, threshold, room, ties):
 
 @triton.jit
 def keep_best(
-    blocks_ptr, mass_ptr, bits_ptr, count, own, top_p, out_ptr, kept_ptr,
+    blocks_ptr, mass_ptr, rank_ptr, bits_ptr, count, own, top_p, out_ptr, kept_ptr,
     BUDGET: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOP_P: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, BUDGET_POW2: tl.constexpr,
 ):  # fmt: skip
-    """Write the final list of one query block: forced blocks, then by mass, ascending, then -1.
+    """Write the final list of one query block: forced blocks, then by rank, ascending, then -1.
 
-    blocks: ``[count]`` ascending; mass: ``[count]`` bits of float32 shares; bits: ``[count]`` scratch.
+    blocks: ``[count]`` ascending; mass: ``[count]`` bits of float32 shares, which ``top_p`` adds up; rank:
+    ``[count]`` bits of the float32 that orders them, often ``mass`` itself; bits: ``[count]`` scratch.
     """
     all_mass = tl.zeros([], dtype=tl.float32)
     forced_mass = tl.zeros([], dtype=tl.float32)
@@ -105,12 +108,12 @@ def keep_best(
         index = start + tl.arange(0, TILE)
         inside = index < count
         block = tl.load(blocks_ptr + index, mask=inside, other=0)
-        share = tl.load(mass_ptr + index, mask=inside, other=0)
+        rank = tl.load(rank_ptr + index, mask=inside, other=0)
         visible = inside & (block <= own)
         forced = visible & ((block < SINKS) | (block > own - LOCAL))
-        tl.store(bits_ptr + index, tl.where(forced, FORCED, tl.where(visible, share, NONE)), mask=inside)
+        tl.store(bits_ptr + index, tl.where(forced, FORCED, tl.where(visible, rank, NONE)), mask=inside)
         if TOP_P:
-            mass = share.to(tl.float32, bitcast=True)
+            mass = tl.load(mass_ptr + index, mask=inside, other=0).to(tl.float32, bitcast=True)
             all_mass += tl.sum(tl.where(visible, mass, 0.0), 0)
             forced_mass += tl.sum(tl.where(forced, mass, 0.0), 0)
     tl.debug_barrier()
@@ -120,22 +123,22 @@ def keep_best(
     wanted = top_p * tl.maximum(all_mass, 1e-30)
     above_limit = tl.zeros([], dtype=tl.float32)
     if TOP_P:
-        limit = score_limit(bits_ptr, count, forced_mass, wanted, TILE)
-        above_limit = forced_mass + mass_above(bits_ptr, count, limit, TILE)
+        limit = score_limit(bits_ptr, mass_ptr, count, forced_mass, wanted, TILE)
+        above_limit = forced_mass + mass_above(bits_ptr, mass_ptr, count, limit, TILE)
     kept = tl.zeros([], dtype=tl.int32)
     ties = tl.zeros([], dtype=tl.int32)
-    limit_ties = tl.zeros([], dtype=tl.int32)
+    tied_mass = tl.zeros([], dtype=tl.float32)
     for start in range(0, count, TILE):
         index = start + tl.arange(0, TILE)
         bits = tl.load(bits_ptr + index, mask=index < count, other=-1)
         block = tl.load(blocks_ptr + index, mask=index < count, other=-1)
         keep, ties = kept_of_tile(bits, threshold, room, ties)
         if TOP_P:
-            tie = (bits == limit).to(tl.int32)
-            earlier = (limit_ties + tl.cumsum(tie, 0) - tie).to(tl.float32)
-            before = above_limit + earlier * limit.to(tl.float32, bitcast=True)
+            share = tl.load(mass_ptr + index, mask=index < count, other=0)
+            tied = tl.where(bits == limit, share, 0).to(tl.float32, bitcast=True)
+            before = above_limit + tied_mass + tl.cumsum(tied, 0) - tied
             keep = keep & ((bits > limit) | ((bits == limit) & (before < wanted)))
-            limit_ties += count_true(bits == limit)
+            tied_mass += tl.sum(tied, 0)
         chosen = keep.to(tl.int32)
         tl.store(out_ptr + kept + tl.cumsum(chosen, 0) - chosen, block, mask=keep)
         kept += count_true(keep)

@@ -169,6 +169,6 @@ def _select_flat(
             )  # fmt: skip
             flat = slot.to(tl.int64) * KV_HEADS + kv_head
             keep_best(
-                blocks, mass, ranks, count, own, top_p, indices_ptr + flat * BUDGET, counts_ptr + flat,
+                blocks, mass, mass, ranks, count, own, top_p, indices_ptr + flat * BUDGET, counts_ptr + flat,
                 BUDGET, SINKS, LOCAL, TOP_P, TILE, TILES, BUDGET_POW2,
             )  # fmt: skip

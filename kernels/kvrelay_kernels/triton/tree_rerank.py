@@ -35,9 +35,10 @@ def launch_rerank(request: SelectRequest, bounds: Tensor, candidates: Tensor, co
     listed = config.num_candidates + config.sink_blocks + config.local_blocks + request.siblings
     capacity = -(-listed // 64) * 64
     splits = num_splits(work, max(1, listed // 4), q) if request.decode else 1
-    scratch_bytes = 4 * capacity * (rows + 2 + blocks_per_tile)
+    columns = 2 + blocks_per_tile * (2 if config.by_peak else 1)
+    scratch_bytes = 4 * capacity * (rows + columns)
     programs = num_persistent(work, scratch_bytes, q) if splits == 1 else work
-    lists = torch.empty((programs, 2 + blocks_per_tile, capacity), dtype=torch.int32, device=q.device)
+    lists = torch.empty((programs, columns, capacity), dtype=torch.int32, device=q.device)
     logs = torch.empty((programs, capacity, rows), dtype=torch.float32, device=q.device)
     steps = [(True, True, 1)] if splits == 1 else [(True, False, splits), (False, True, 1)]
     for score, choose, width in steps:
@@ -99,6 +100,7 @@ def _rerank_constants(
         "BUDGET": config.budget,
         "BUDGET_POW2": next_power_of_2(config.budget),
         "TOP_P": config.top_p is not None,
+        "BY_PEAK": config.by_peak,
         "CAPACITY": capacity,
         "TILE": tile,
         "TILES": -(-capacity // tile),
@@ -131,10 +133,13 @@ def _score_list(
 
 @triton.jit
 def _mean_masses(
-    logs_ptr, mass_ptr, count, row_mask, weight,
-    ROWS: tl.constexpr, QUERY_BLOCKS: tl.constexpr, CAPACITY: tl.constexpr, ENTRIES: tl.constexpr,
+    logs_ptr, mass_ptr, peaks_ptr, count, row_mask, weight, ROWS: tl.constexpr, QUERY_BLOCKS: tl.constexpr,
+    CAPACITY: tl.constexpr, ENTRIES: tl.constexpr, BY_PEAK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the list per row, mean over each query block's rows: ``mass [QUERY_BLOCKS, count]``."""
+    """Softmax over the list per row, mean over each query block's rows: ``mass [QUERY_BLOCKS, count]``.
+
+    ``peaks``, of that shape, get the largest in place of the mean, to a factor that all blocks share.
+    """
     row = tl.arange(0, ROWS)
     peak = tl.full([ROWS], FLOOR, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -151,14 +156,13 @@ def _mean_masses(
         mask = (entry < count)[:, None] & row_mask[None, :]
         logs = tl.load(logs_ptr + entry[:, None] * ROWS + row[None, :], mask=mask, other=float("-inf"))
         shares = tl.math.exp2(logs - peak[None, :]) * weight[None, :]
-        means = tl.sum(tl.reshape(shares, [ENTRIES, QUERY_BLOCKS, ROWS // QUERY_BLOCKS]), 2)
+        by_block = tl.reshape(shares, [ENTRIES, QUERY_BLOCKS, ROWS // QUERY_BLOCKS])
         query_block = tl.arange(0, QUERY_BLOCKS)
-        pointers = mass_ptr + query_block[None, :] * CAPACITY + entry[:, None]
-        tl.store(
-            pointers,
-            means.to(tl.int32, bitcast=True),
-            mask=(entry < count)[:, None] & (query_block >= 0)[None, :],
-        )
+        offsets = query_block[None, :] * CAPACITY + entry[:, None]
+        inside = (entry < count)[:, None] & (query_block >= 0)[None, :]
+        tl.store(mass_ptr + offsets, tl.sum(by_block, 2).to(tl.int32, bitcast=True), mask=inside)
+        if BY_PEAK:
+            tl.store(peaks_ptr + offsets, tl.max(by_block, 2).to(tl.int32, bitcast=True), mask=inside)
     tl.debug_barrier()
 
 
@@ -172,13 +176,15 @@ def _rerank(
     DIM: tl.constexpr, D: tl.constexpr, CANDIDATES: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
     BUDGET: tl.constexpr, BUDGET_POW2: tl.constexpr, TOP_P: tl.constexpr, CAPACITY: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, BATCH_POW2: tl.constexpr,
-    SCORE: tl.constexpr, CHOOSE: tl.constexpr,
+    BY_PEAK: tl.constexpr, SCORE: tl.constexpr, CHOOSE: tl.constexpr,
 ):  # fmt: skip
     rows_each: tl.constexpr = ROWS // QUERY_BLOCKS
     program = tl.program_id(0).to(tl.int64)
-    blocks = lists_ptr + program * ((2 + QUERY_BLOCKS) * CAPACITY)
-    ranks = blocks + CAPACITY
-    mass = ranks + CAPACITY
+    columns: tl.constexpr = 2 + 2 * QUERY_BLOCKS if BY_PEAK else 2 + QUERY_BLOCKS
+    blocks = lists_ptr + program * (columns * CAPACITY)
+    bits = blocks + CAPACITY
+    mass = bits + CAPACITY
+    ranks = mass + QUERY_BLOCKS * CAPACITY if BY_PEAK else mass
     logs = logs_ptr + program * (CAPACITY * ROWS)
     row = tl.arange(0, ROWS)
     for work_item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -218,7 +224,9 @@ def _rerank(
                 tl.debug_barrier()
             if CHOOSE:
                 weight = tl.where(row_mask, 1.0 / (SAMPLES * GROUP), 0.0)
-                _mean_masses(logs, mass, count, row_mask, weight, ROWS, QUERY_BLOCKS, CAPACITY, 16)
+                _mean_masses(
+                    logs, mass, ranks, count, row_mask, weight, ROWS, QUERY_BLOCKS, CAPACITY, 16, BY_PEAK
+                )
                 first_own = first_position // 64
                 first_slot = tl.load(cu_blocks_ptr + seq) + first_own - _first_block(seq, cu_ptr, lens_ptr)
                 in_group = tl.maximum(end - first_own, 1)  # an empty sequence decodes to an empty list
@@ -226,8 +234,8 @@ def _rerank(
                     query_block = first_block + which
                     out = (first_slot + query_block).to(tl.int64) * KV_HEADS + kv_head
                     keep_best(
-                        blocks, mass + which * CAPACITY, ranks, count, first_own + query_block, top_p,
-                        indices_ptr + out * BUDGET, counts_ptr + out,
+                        blocks, mass + which * CAPACITY, ranks + which * CAPACITY, bits, count,
+                        first_own + query_block, top_p, indices_ptr + out * BUDGET, counts_ptr + out,
                         BUDGET, SINKS, LOCAL, TOP_P, TILE, TILES, BUDGET_POW2,
                     )  # fmt: skip
 

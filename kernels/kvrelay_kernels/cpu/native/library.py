@@ -82,6 +82,7 @@ class TreeConfigStruct(ctypes.Structure):
         ("beam", c_int64),
         ("sampled_queries", c_int64),
         ("sibling_blocks", c_int64),
+        ("by_peak", c_int64),
         ("top_p", c_double),
     )
 

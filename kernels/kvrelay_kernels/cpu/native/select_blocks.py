@@ -50,6 +50,7 @@ def tree_settings(config: SelectionConfig) -> Argument:
         beam=config.beam if config.selector == "tree" else EVERY_PAGE,
         sampled_queries=config.sampled_queries,
         sibling_blocks=config.sibling_blocks,
+        by_peak=config.by_peak,
         top_p=2.0 if config.top_p is None else config.top_p,
     )
     return Argument(struct, ())
