@@ -16,6 +16,7 @@ import torch
 
 from kvrelay import LLM, EngineConfig, RequestOutput, RequestsFailed, SamplingParams, SparseAttention
 from kvrelay.attention.crossover import Place
+from kvrelay.cache.memory import memory_bytes
 from kvrelay.config import WorkerConfig
 from kvrelay.errors import InvalidConfig, LayoutMismatch, TransferFailed, UnknownName
 from kvrelay.transport.base import Write
@@ -104,7 +105,8 @@ def test_decode_starts_with_what_is_urgent_and_runs_on_what_it_asks_for(
         outputs = llm.generate(prompts(*LENGTHS), greedy(MAX_TOKENS))
         assert_all_blocks_home(llm)
     assert [output.token_ids for output in outputs] == expected
-    whole = sum(num_blocks(length - 1) for length in LENGTHS) * 4 * 2 * 2 * 64 * 16 * 4
+    layout = KVLayout(model="", dtype="float32", num_layers=4, num_kv_heads=2, head_dim=16)
+    whole = memory_bytes(layout, sum(num_blocks(length - 1) for length in LENGTHS), keeps_stats=True)
     first, last = (
         sum(getattr(output.hand_off, field) for output in outputs)
         for field in ("bytes_before_first_token", "num_bytes")
