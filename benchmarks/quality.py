@@ -137,7 +137,7 @@ class Bench:
     def run(self, job: Job) -> list[Cell]:
         """Measure a sample and write its cells; one that reads everything anyway is copied from dense."""
         sparse = SETTINGS[job.settings]
-        self._reader.use, self._start_s = AttentionUse(), time.perf_counter()
+        self._start_s = time.perf_counter()
         if sparse is not None and job.lengths[-1] + 256 <= sparse.first_sparse_position():
             dense = replace(job, settings="dense")
             found = self.measured(dense.cells())

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.cache.prefix import HASH_BYTES, block_hashes
+from kvrelay import SamplingParams
+from kvrelay.cache import prefix
+from kvrelay.cache.prefix import HASH_BYTES, Prefixes, block_hashes
 from kvrelay.router.policies import Load
 from kvrelay.types import BLOCK_SIZE, WorkerId
 
@@ -47,6 +49,19 @@ def test_tenants_and_layouts_share_no_name() -> None:
     settings = [("a", None), ("b", None), ("a", "b"), ("ab", None), ("", "ab"), ("a", "c"), ("a", "None")]
     names = [name for namespace, salt in settings for name in block_hashes(TOKENS, namespace, salt)]
     assert len(set(names)) == len(names)
+
+
+def test_kv_of_another_selection_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that an earlier version left are found by what is computed alike, and by nothing else."""
+
+    def names(attention: str) -> list[bytes]:
+        return Prefixes("layout", attention).names(SamplingParams(), TOKENS, len(TOKENS))
+
+    dense, sparse = names("dense"), names("sparse")
+    monkeypatch.setattr(prefix, "SELECTION", prefix.SELECTION + 1)
+    assert names("dense") == dense
+    assert sparse
+    assert not set(names("sparse")) & set(sparse)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=64, max_size=140), st.integers(0, 139))

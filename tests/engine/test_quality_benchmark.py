@@ -228,6 +228,7 @@ def test_a_bench_keeps_its_cells(tiny_directory: Path, tmp_path: Path, small: No
     assert [own.settings for own in quality.read_cells(path).values()] == ["dense", "all"]
     (dense,) = other.measured(needles("dense", 1024).cells())
     assert (dense.scores, dense.commit) == (whole.scores, whole.commit)
+    bench.run(needles("dense", 256, 1024))
     shared, whole_again = (
         [own.scores for own in chosen.run(needles("early", 256, 1024))] for chosen in (bench, other)
     )

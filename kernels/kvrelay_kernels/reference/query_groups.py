@@ -122,9 +122,8 @@ def scored_by_rows(
 ) -> ScoredBlocks:
     """Scores from the masses ``[heads, m * r, n]`` of the rows that rank for each query block."""
     by_block = masses.reshape(masses.shape[0], num_query_blocks, -1, masses.shape[2])
-    return ScoredBlocks(
-        blocks=blocks, scores=by_block.mean(2), ranks=by_block.amax(2) if config.by_peak else None
-    )
+    peaks = by_block.amax(2) if config.by_peak else None
+    return ScoredBlocks(blocks=blocks, scores=mean_over_rows(masses, num_query_blocks), ranks=peaks)
 
 
 def mean_over_rows(masses: Tensor, num_query_blocks: int) -> Tensor:

@@ -8,7 +8,7 @@ from kvrelay_kernels.selection import SelectionConfig
 
 
 def oracle(group: QueryGroup, config: SelectionConfig, scale: float) -> ScoredBlocks:
-    """Softmax mass per block, averaged over the query block's rows and the heads of the GQA group.
+    """Softmax mass per block, the mean (and peak) over the query block's rows and the heads of the GQA group.
 
     Quadratic in the sequence, streamed: one query block at a time holds ``[heads, 64 * group, n / 64]``.
     """
