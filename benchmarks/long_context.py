@@ -1,6 +1,6 @@
 """Prefill seconds and decode tokens/s of long contexts, dense against sparse, and attention's share of them.
 
-    python benchmarks/long_context.py                       # real text, 4K to 128K tokens; half an hour
+    python benchmarks/long_context.py                       # real text, 4K to 128K tokens; 40 minutes
     python benchmarks/long_context.py --lengths 4096,8192 --attention '{"budget_tokens": 1024}' --no-record
     python benchmarks/long_context.py --shape llama-8b --layers 4 --device cuda --lengths 131072,1048576
 
@@ -20,7 +20,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -201,17 +201,29 @@ def integral(values: dict[int, float], upto: int, chunk: int) -> float:
     return sum((b - a) * (left + right) / 2 for (a, left), (b, right) in pairwise(points)) / chunk
 
 
-def prefill_row(sparse: Prefill, dense: dict[int, Seconds], chunk: int) -> dict[str, Any]:
-    """One length: seconds dense, as a sum of chunks, and sparse, from end to end."""
+def prefill_row(
+    sparse: Prefill, dense: Prefill | None, steps: dict[str, dict[int, Seconds]], chunk: int
+) -> dict[str, Any]:
+    """One length: dense and sparse as sums of chunks that were timed in turn, and from end to end.
+
+    `dense` is None, and so are its seconds from end to end, where it was not run that far.
+    """
     num_tokens, own = sparse.num_tokens, sparse.seconds
-    dense_s = integral({end: step.total_s for end, step in dense.items()}, num_tokens, chunk)
-    attention_s = integral({end: step.attention_s for end, step in dense.items()}, num_tokens, chunk)
+    total_s, attention_s = (
+        {
+            kind: integral({end: getattr(step, name) for end, step in timed.items()}, num_tokens, chunk)
+            for kind, timed in steps.items()
+        }
+        for name in ("total_s", "attention_s")
+    )
     return {
         "num_tokens": num_tokens,
-        "dense_s": dense_s,
-        "sparse_s": own.total_s,
-        "speedup": dense_s / own.total_s,
-        "attention_share_dense": attention_s / dense_s,
+        "dense_s": total_s["dense"],
+        "sparse_s": total_s["sparse"],
+        "speedup": total_s["dense"] / total_s["sparse"],
+        "dense_end_to_end_s": None if dense is None else dense.seconds.total_s,
+        "sparse_end_to_end_s": own.total_s,
+        "attention_share_dense": attention_s["dense"] / total_s["dense"],
         "attention_share_sparse": own.attention_s / own.total_s,
         "sparse_tokens_per_query": sparse.use.attended_tokens_per_query,
     }
@@ -286,10 +298,11 @@ def main() -> None:
         pair = bench.step(end, sparse, options.repeats)
         steps["dense"][end], steps["sparse"][end] = pair
         print(f"a chunk that ends at {end}: {pair}", flush=True)
-    prefill = [prefill_row(each, steps["dense"], options.chunk) for each in whole["sparse"]]
+    pairs = zip_longest(whole["sparse"], whole["dense"])
+    prefill = [prefill_row(own, dense, steps, options.chunk) for own, dense in pairs]
     decode = [decode_row(n, *bench.decode(n, sparse, 4 * options.repeats)) for n in lengths]
     for row in (*prefill, *decode):
-        print({name: round(value, 3) for name, value in row.items()})
+        print({name: value and round(value, 3) for name, value in row.items()})
     ratios = {name: chunks_over_whole(whole[name], steps[name], options.chunk) for name in steps}
     write_record(
         "long-context-cpu" if options.device == "cpu" else "long-context-gpu",
@@ -317,7 +330,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="ascending, whole chunks")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--attention", default="{}", help="settings of SparseAttention, in JSON")
-    parser.add_argument("--whole", type=int, default=8192, help="dense prefills from end to end up to here")
+    parser.add_argument("--whole", type=int, default=32768, help="dense prefills from end to end up to here")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from kvrelay.sparse import AttentionUse
+import msgspec
+
+from kvrelay.sparse import AttentionUse, SparseAttention
 from quality_tasks import DEPTHS, RULER
 from record import RESULTS, write_record
 
@@ -106,7 +108,12 @@ def with_earlier(
 
 
 def _same(one: Any, other: Any) -> bool:
-    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
+    """Of settings as records have them: one that an earlier record does not name has its default."""
+    return _read(one) == _read(other)
+
+
+def _read(settings: Any) -> SparseAttention | None:
+    return msgspec.convert(settings, SparseAttention | None)
 
 
 def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:

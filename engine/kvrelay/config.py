@@ -4,6 +4,7 @@ The only place that reads the environment. Knows no tensors and starts nothing.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -289,15 +290,28 @@ def convert(cls: type[Settings], settings: dict[str, Any]) -> Settings:
             raise error.__cause__ from None
         what, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
-        raise InvalidConfig(f"{field}={settings.get(field)!r}: {what}") from None
+        raise InvalidConfig(f"{field}={_at(settings, field)!r}: {what}") from None
+
+
+def _at(settings: object, path: str) -> object:
+    """What is at `path`, as an error of msgspec gives it: `attention.dense_layers[0]`."""
+    for name in re.findall(r"[^.\[\]]+", path):
+        if isinstance(settings, dict):
+            settings = settings.get(name)
+        elif isinstance(settings, list | tuple):
+            settings = settings[int(name)]
+    return settings
 
 
 def _check_measurable(sparse: SparseAttention) -> None:
-    if sparse.dense_below_tokens == "auto" and sparse.budget_tokens > MAX_MEASURED_BUDGET:
-        raise InvalidConfig(
-            f"dense_below_tokens='auto': measured for budget_tokens up to {MAX_MEASURED_BUDGET}; expected a "
-            f"number with budget_tokens={sparse.budget_tokens}"
-        )
+    if sparse.dense_below_tokens != "auto":
+        return
+    for field in ("budget_tokens", "decode_budget_tokens"):
+        if (getattr(sparse, field) or 0) > MAX_MEASURED_BUDGET:
+            raise InvalidConfig(
+                f"dense_below_tokens='auto': measured for {field} up to {MAX_MEASURED_BUDGET}; expected a "
+                f"number with {field}={getattr(sparse, field)}"
+            )
 
 
 def _check_tiers(config: EngineConfig) -> None:

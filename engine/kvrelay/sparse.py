@@ -31,9 +31,10 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Always among them are the first `sink_blocks`, the last `local_blocks` and the query's own block.
     `dense_layers` read everything. So do queries at positions below `dense_below_tokens`; `"auto"` measures
-    once where selection starts to pay on this machine. `decode_budget_tokens=None` is the same budget for
-    generated tokens. `top_p` stops before the budget, once the blocks taken hold that share of the attention
-    to the candidates; None reads the whole budget.
+    once where selection starts to pay on this machine. `decode_budget_tokens` and `decode_dense_below_tokens`
+    are for generated tokens; None is as for a prompt's, where `"auto"` measures theirs apart. `top_p` stops
+    before the budget, once the blocks taken hold that share of the attention to the candidates, as the
+    selector estimates it; None reads the whole budget, as `local`, which estimates none, always does.
 
     With `exact`, each query head has a list of its own, ranked by the largest share of attention that any
     query of a block gives. Without, the heads of a KV group share one, ranked by the mean of two of a block's
@@ -52,6 +53,7 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dense_layers: tuple[int, ...] = ()
     dense_below_tokens: int | Literal["auto"] = "auto"
     decode_budget_tokens: int | None = None
+    decode_dense_below_tokens: int | None = None
     top_p: float | None = 0.97
     exact: bool = True
     candidate_tokens: int = 8192
@@ -70,7 +72,8 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         least = max(forced, BLOCK_TOKENS)
         reason = f"at least {least} (sink_blocks + local_blocks), at most {MAX_TOKENS}"
         budget = f"a multiple of {BLOCK_TOKENS}, {reason}"
-        below, decode, most = self.dense_below_tokens, self.decode_budget_tokens, MAX_TOKENS // BLOCK_TOKENS
+        below, decode_below = self.dense_below_tokens, self.decode_dense_below_tokens
+        decode, most = self.decode_budget_tokens, MAX_TOKENS // BLOCK_TOKENS
         return {
             "sink_blocks": (0 <= self.sink_blocks <= most, f"0 to {most}"),
             "local_blocks": (1 <= self.local_blocks <= most, f"1, the query's own, to {most}"),
@@ -81,12 +84,25 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 below == "auto" or 0 <= below <= MAX_TOKENS,
                 f"'auto' or 0 to {MAX_TOKENS}",
             ),
+            "decode_dense_below_tokens": (
+                decode_below is None or 0 <= decode_below <= MAX_TOKENS,
+                f"0 to {MAX_TOKENS}, or None",
+            ),
             "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             "candidate_tokens": (
                 _is_whole(self.candidate_tokens, 0),
                 f"a multiple of {BLOCK_TOKENS} from 0 to {MAX_TOKENS}",
             ),
         }
+
+    def with_crossover(self, prompt: int, generated: int | None) -> "SparseAttention":
+        """These settings with what `"auto"` stands for; a number that was asked for stays."""
+        own = self.decode_dense_below_tokens
+        return msgspec.structs.replace(
+            self,
+            dense_below_tokens=prompt,
+            decode_dense_below_tokens=generated if own is None else own,
+        )
 
     def budget(self, *, is_generated: bool) -> int:
         """Most keys that a prompt's token, or a generated one, reads."""
@@ -97,8 +113,11 @@ class SparseAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
         A multiple of `GROUP_TOKENS`. `dense_below_tokens` must have been measured if it was `"auto"`.
         """
-        assert self.dense_below_tokens != "auto"
-        told = -(-self.dense_below_tokens // GROUP_TOKENS) * GROUP_TOKENS
+        below = self.decode_dense_below_tokens if is_generated else None
+        if below is None:
+            assert self.dense_below_tokens != "auto"
+            below = self.dense_below_tokens
+        told = -(-below // GROUP_TOKENS) * GROUP_TOKENS
         budget = self.budget(is_generated=is_generated)
         return max(told, 0 if self.top_p is not None else budget // GROUP_TOKENS * GROUP_TOKENS)
 
@@ -152,7 +171,7 @@ def sparse_settings(attention: "str | SparseAttention") -> SparseAttention | Non
 def settings_of(
     asked: "str | SparseAttention | None", engine: SparseAttention | None
 ) -> SparseAttention | None:
-    """A request's settings: those asked for, or the engine's, whose measured number `"auto"` stands for.
+    """A request's settings: those asked for, or the engine's, whose measured numbers `"auto"` stands for.
 
     Dense, None, whatever is asked for, where the engine is.
     """
@@ -160,7 +179,8 @@ def settings_of(
         return engine
     chosen = sparse_settings(asked)
     if chosen is not None and chosen.dense_below_tokens == "auto":
-        chosen = msgspec.structs.replace(chosen, dense_below_tokens=engine.dense_below_tokens)
+        assert engine.dense_below_tokens != "auto"
+        chosen = chosen.with_crossover(engine.dense_below_tokens, engine.decode_dense_below_tokens)
     return chosen
 
 
@@ -216,8 +236,9 @@ def _check_kinds(sparse: SparseAttention) -> None:
         raise InvalidConfig(f"dense_layers={sparse.dense_layers!r}: expected layer numbers")
     names = ("budget_tokens", "sink_blocks", "local_blocks", "candidate_tokens")
     whole = {name: getattr(sparse, name) for name in names}
-    if sparse.decode_budget_tokens is not None:
-        whole["decode_budget_tokens"] = sparse.decode_budget_tokens
+    for name in ("decode_budget_tokens", "decode_dense_below_tokens"):
+        if (value := getattr(sparse, name)) is not None:
+            whole[name] = value
     if sparse.dense_below_tokens != "auto":
         whole["dense_below_tokens"] = sparse.dense_below_tokens
     for field, value in [*whole.items(), *(("dense_layers", layer) for layer in sparse.dense_layers)]:
@@ -235,7 +256,8 @@ def _write_alike(sparse: SparseAttention) -> None:
     """One form for settings that mean the same: blocks are named, and found, by how they are written."""
     msgspec.structs.force_setattr(sparse, "dense_layers", tuple(sorted(set(sparse.dense_layers))))
     if sparse.top_p is not None:
-        msgspec.structs.force_setattr(sparse, "top_p", float(sparse.top_p))
+        top_p = None if sparse.selector == "local" else float(sparse.top_p)
+        msgspec.structs.force_setattr(sparse, "top_p", top_p)
 
 
 def _is_whole(tokens: int, least: int) -> bool:

@@ -34,8 +34,8 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     One page of one layer holds K then V of `block_size` tokens, each `[num_kv_heads, block_size, head_dim]`.
     `model` identifies the model (a digest of its configuration and weights).
-    `dense_below_tokens` is the number that `"auto"` stands for in settings of sparse attention, on which KV
-    depends; None where there are none.
+    `dense_below_tokens` and `decode_dense_below_tokens` are the numbers that `"auto"` stands for in settings
+    of sparse attention, on which KV depends; None where there are none.
     """
 
     model: str
@@ -46,6 +46,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_size: int = BLOCK_SIZE
     version: int = LAYOUT_VERSION
     dense_below_tokens: int | None = None
+    decode_dense_below_tokens: int | None = None
 
     @property
     def statistics(self) -> int:

@@ -6,7 +6,6 @@
 #include "prefill.h"
 #include "sampling.h"
 #include "transformer.h"
-#include "tree_selection.h"
 
 #ifndef KVR_SOURCES
 #define KVR_SOURCES 0
@@ -83,6 +82,8 @@ EXPORT int32_t kvr_select_tree(const PagedKV *kv, const Queries *queries, const 
     using T = decltype(type);
     if (to)
       select_and_attend<T>(*kv, *queries, *stats, *config, *lists, *to);
+    else if (!queries->cu_seqlens_q)
+      select_by_row<T>(*kv, *queries, *stats, *config, *lists);
     else
       select_tree<T>(*kv, *queries, *stats, *config, *lists);
   });

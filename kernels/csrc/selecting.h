@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "decode.h"
-#include "tree_selection.h"
+#include "row_selection.h"
 
 namespace {
 
@@ -41,7 +41,7 @@ class SelectedBatch {
     for_heads([&](int64_t from, int64_t to) { std::copy_n(q + from, d_, &rows[to]); });
     const Queries queries{rows.data(), {width, d_}, nullptr, kv.batch, heads_, scale};
     const Lists lists{indices_.data(), counts_.data(), slots_.data(), step_.selecting->config->budget};
-    select_tree<T>(kv, queries, step_.stats[layer], *step_.selecting->config, lists);
+    select_by_row<T>(kv, queries, step_.stats[layer], *step_.selecting->config, lists);
     decode<T>(kv, queries, lists, Outputs{found.data(), lse.data()});
     for_heads([&](int64_t to, int64_t from) { std::copy_n(&found[from], d_, out + to); });
     for (size_t i = 0; i < counts_.size(); ++i)

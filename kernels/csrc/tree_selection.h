@@ -1,6 +1,6 @@
-// The `tree` selector: one task is a sibling group and a KV head. Mean queries walk down the tree of key
-// boxes with a beam; the pages they end with are scored exactly by a few sampled rows of each query block;
-// each query block keeps its best. With a beam of every page it is `two_stage`. Same steps and names as
+// The `tree` selector for prefill (row_selection.h is decode's): one task is a sibling group and a KV head. Mean queries
+// walk down the tree of key boxes with a beam; the pages they end with are scored exactly by a few sampled rows of each
+// query block; each query block keeps its best. With a beam of every page it is `two_stage`. Same steps and names as
 // reference/select_blocks_tree.py. Queries lie in lanes (see lanes.h), so a box or a key is read once for all
 // siblings, samples and heads.
 //
@@ -34,6 +34,18 @@ template <class T>
 inline void fetch_row(const T *row, int head_dim) {
   for (int c = 0; c < head_dim; c += 64 / int(sizeof(T))) __builtin_prefetch(row + c, 0, 2);
 }
+
+// Memory that will be read next, asked for evenly while what came before it is worked on.
+template <class T>
+struct Ahead {
+  const T *at = nullptr, *end = nullptr;
+  int64_t per_row = 0;  // elements
+
+  void fetch(int rows) {
+    for (const T *stop = std::min(at + rows * per_row, end); at < stop; at += 64 / sizeof(T))
+      __builtin_prefetch(at, 0, 2);
+  }
+};
 
 template <class T>
 class TreeGroup {
@@ -121,7 +133,58 @@ class TreeGroup {
     return count;
   }
 
+  // Of a single row: queries [group, head_dim] as `row_masses` takes them.
+  std::vector<float> row_queries() const {
+    std::vector<float> rows(size_t(group_) * d_);
+    for (int head = 0; head < group_; ++head)
+      for_each_channels(d_, [&](auto width, int c) {
+        store_channels<width>(&rows[size_t(head * d_ + c)], load_channels<width>(query(0, head) + c));
+      });
+    return rows;
+  }
+
+  const T *keys_of(int64_t block) const { return tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_); }
+
+  // Of a single row, per head: peak of factor * q.k over the keys of a block that it sees, and the sum of
+  // 2^(factor * q.k - peak).
+  void row_masses(const float *rows, int64_t block, Ahead<T> &ahead, float *peaks, float *sums) const {
+    for_each_heads(group_, [&](auto heads, int first) {
+      row_mass<heads>(rows + first * d_, block, ahead, peaks + first, sums + first);
+    });
+  }
+
+  // Of a single row: the list, from peaks and sums [blocks, padded lanes]; sums are overwritten.
+  int32_t keep_by_row(const Blocks &blocks, const float *peaks, float *sums, int32_t *indices) const {
+    const int n = int(blocks.size()), padded = padded_lanes(group_);
+    masses_from(peaks, sums, n, padded, sums);
+    return keep_best(blocks, scores_of(sums, n, padded, 0, group_), first_own_, indices);
+  }
+
  private:
+  template <int H>
+  void row_mass(const float *rows, int64_t block, Ahead<T> &ahead, float *peaks, float *sums) const {
+    constexpr int K = 8 / H, apart = kBlock + 8;  // room for products past the last key
+    alignas(64) float scores[H * apart];
+    const int n = keys_in(block);
+    const int64_t stride = kv_.k_stride[2];
+    const T *k = keys_of(block);
+    dot_rows<H>(rows, d_, n, [&](int i) { return k + i * stride; }, [&](int i, const float *products) {
+      ahead.fetch(K);
+      for (int h = 0; h < H; ++h) memcpy(scores + h * apart + i, products + h * K, K * sizeof(float));
+    });
+    for (int h = 0; h < H; ++h) {
+      float *own = scores + h * apart;
+      std::fill(own + n, own + (n + 7) / 8 * 8, -kInfinity);
+      Vec8 tops = load8(own), total = {};
+      for (int i = 8; i < n; i += 8) tops = maximum(tops, load8(own + i));
+      float top = tops[0];
+      for (int i = 1; i < 8; ++i) top = std::max(top, tops[i]);
+      peaks[h] = top * factor_;
+      for (int i = 0; i < n; i += 8) total += exp2_of(load8(own + i) * factor_ - peaks[h]);
+      sums[h] = horizontal_sum(total);
+    }
+  }
+
   const T *query(int row, int head) const {
     const int64_t at = s_.first_row + first_position_ - s_.offset() + row;
     return static_cast<const T *>(queries_.q) + at * queries_.q_stride[0] +
@@ -182,6 +245,7 @@ class TreeGroup {
     Blocks free;
     for (const int64_t page : pages)
       if (std::find(forced.begin(), forced.end(), page) == forced.end()) free.push_back(page);
+    if (free.size() <= size_t(config_.num_candidates)) return free;
     auto scored = bound_shares(free, free, stats_.minimum, stats_.maximum);
     keep_top(scored, size_t(config_.num_candidates));
     Blocks kept;
@@ -321,7 +385,7 @@ class TreeGroup {
   }
 
   void fetch_keys(int64_t block) const {
-    const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
+    const T *k = keys_of(block);
     for (int i = 0; i < kBlock; ++i) fetch_row(k + i * kv_.k_stride[2], d_);
   }
 
@@ -335,7 +399,7 @@ class TreeGroup {
   void block_mass(const LaneTile &tile, const std::vector<int> &rows, int64_t block, float *weights, float *peaks,
                   float *sums) const {
     const int64_t base = block * kBlock;
-    const T *k = tile_of<T>(kv_.k, kv_.k_stride, s_.table[block], kv_head_);
+    const T *k = keys_of(block);
     const int n = keys_in(block);
     Rows keys;
     gather(keys, n, d_, scratch(kRowsK, kBlock * d_), [&](int i) { return k + i * kv_.k_stride[2]; });
@@ -448,7 +512,7 @@ struct TreeTask {
 inline std::vector<TreeTask> tree_tasks(const PagedKV &kv, const Queries &queries, const TreeConfig &config,
                                         const Lists &lists) {
   std::vector<TreeTask> tasks;
-  const int64_t width = queries.cu_seqlens_q ? config.sibling_blocks * 64 : 1;
+  const int64_t width = config.sibling_blocks * 64;
   for (int64_t b = 0; b < kv.batch; ++b) {
     const Sequence s = sequence_of(kv, queries.cu_seqlens_q, b);
     for (int64_t at = s.offset(); at < s.num_tokens;) {
@@ -469,9 +533,8 @@ TreeGroup<T> group_of(const PagedKV &kv, const Queries &queries, const Stats &st
 }
 
 template <class T>
-void select_tree(const PagedKV &kv, const Queries &queries, const Stats &stats, TreeConfig config,
+void select_tree(const PagedKV &kv, const Queries &queries, const Stats &stats, const TreeConfig &config,
                  const Lists &lists) {
-  if (!queries.cu_seqlens_q) config.sibling_blocks = 1;
   const std::vector<TreeTask> tasks = tree_tasks(kv, queries, config, lists);
   parallel_for(int64_t(tasks.size()), kv.num_threads, [&](int64_t i) {
     const TreeTask &task = tasks[size_t(i)];

@@ -179,7 +179,7 @@ def row(name: str, **counts: int) -> dict[str, Any]:
 def test_what_the_record_has_more_of_stays() -> None:
     """By part of a row, of the same settings; nothing is lost because a run was short."""
     details = (quality_report.NEEDLES, quality_report.TASKS)
-    settings = {"a": None, "b": {"layers": ()}, "c": {"budget": 2}, "d": None}
+    settings = {"a": None, "b": {"dense_layers": (), "top_p": 0.97}, "c": {"budget_tokens": 640}, "d": None}
     mine = {
         "a": row("mine"),
         "b": row("mine", needle=3, ruler=2),
@@ -190,7 +190,10 @@ def test_what_the_record_has_more_of_stays() -> None:
     theirs = {name: row("old", needle=2, ruler=4) for name in ("gone", "a", "b", "c")}
     results = {"table": theirs, **{part: dict.fromkeys(theirs, "old") for part in details}}
     results["kept_from"] = {"a": {"needle": "older"}}
-    record = {"commit": "old", "settings": {"a": None, "b": {"layers": []}, "c": {"budget": 1}}}
+    record = {
+        "commit": "old",
+        "settings": {"a": None, "b": {"dense_layers": []}, "c": {"budget_tokens": 704}},
+    }
     found = quality_report.with_earlier(measured, settings, {**record, "results": results})
     assert list(found["table"]) == ["a", "b", "d"], "c had other settings, and nothing of these"
     assert found["kept_from"] == {"a": {"needle": "older", "ruler": "old"}, "b": {"ruler": "old"}}
@@ -306,9 +309,13 @@ def test_a_long_context_is_read_dense_and_sparse(tiny_directory: Path) -> None:
     assert dense[1].use.share_of_pairs == 1.0 > sparse[1].use.share_of_pairs
     assert dense[0].use.causal_pairs == sparse[0].use.causal_pairs
     steps = bench.step(1024, LITTLE, 1)
-    row = long_context.prefill_row(sparse[1], {1024: steps[0]}, 256)
+    by_kind = {kind: {1024: own} for kind, own in zip(("dense", "sparse"), steps, strict=True)}
+    row = long_context.prefill_row(sparse[1], dense[1], by_kind, 256)
     assert row["dense_s"] == pytest.approx(4 * steps[0].total_s)
-    assert row["speedup"] == pytest.approx(row["dense_s"] / sparse[1].seconds.total_s)
+    assert row["speedup"] == pytest.approx(steps[0].total_s / steps[1].total_s)
+    ends = dense[1].seconds.total_s, sparse[1].seconds.total_s
+    assert (row["dense_end_to_end_s"], row["sparse_end_to_end_s"]) == ends
+    assert long_context.prefill_row(sparse[1], None, by_kind, 256)["dense_end_to_end_s"] is None
     assert 0 < row["attention_share_sparse"] < 1
     assert 0 < row["sparse_tokens_per_query"] < 200
     (ratio,) = long_context.chunks_over_whole(dense[1:], {1024: steps[0]}, 256).values()

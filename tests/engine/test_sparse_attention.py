@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +20,14 @@ import torch
 from kvrelay.attention import PagedAttention, Span, call, crossover
 from kvrelay.attention.call import selection_config
 from kvrelay.attention.crossover import FILE, NEVER, Place, measured
+from kvrelay.attention.spans import Run
 from kvrelay.attention.watch import Watch
 from kvrelay.cache.arrivals import Arrivals
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import EngineConfig
 from kvrelay.errors import InvalidConfig
-from kvrelay.sparse import AttentionUse, SparseAttention
+from kvrelay.sparse import SELECTORS, AttentionUse, SparseAttention
 from kvrelay.types import BLOCK_SIZE, KVLayout, TicketId, num_blocks
 from kvrelay_kernels import KVBlockStats
 
@@ -91,7 +93,7 @@ def dense(start: int, end: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("selector", ["tree", "quest", "mean_pool", "two_stage"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_chunks_of_whole_groups_equal_the_whole_prompt(selector: str, exact: bool) -> None:
     chosen = msgspec.structs.replace(SMALL, selector=selector, exact=exact)
     whole = Sequence_(chosen).attend(PROMPT)
@@ -301,22 +303,58 @@ def test_the_crossover_is_measured_once_for_all_workers(tmp_path: Path) -> None:
     first = measured(auto, place, tmp_path)
     assert first is not None
     assert first.dense_below_tokens != "auto"
+    assert first.decode_dense_below_tokens is not None
     assert 704 < first.dense_below_tokens <= NEVER
+    assert 704 < first.decode_dense_below_tokens <= NEVER
     path = tmp_path / FILE
-    known = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
-    path.write_bytes(msgspec.json.encode(dict.fromkeys(known, 4096)))
+    known = msgspec.json.decode(path.read_bytes())
+    path.write_bytes(msgspec.json.encode(dict.fromkeys(known, (4096, 8192))))
     torch.set_num_threads((threads := torch.get_num_threads()) + 1)  # another worker may have others
     second = measured(auto, place, tmp_path)
     torch.set_num_threads(threads)
-    assert second == msgspec.structs.replace(auto, dense_below_tokens=4096)
+    assert second == auto.with_crossover(4096, 8192)
+    own = msgspec.structs.replace(auto, decode_dense_below_tokens=5)
+    found = measured(own, place, tmp_path)
+    assert found is not None
+    assert (found.dense_below_tokens, found.decode_dense_below_tokens) == (4096, 5)
     assert measured(auto, replace(place, workers=[["prefill", None, 2]]), tmp_path) is not None
-    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, int])) == 2
+    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[int, int]])) == 2
     path.write_text("not json")
     assert measured(auto, place, tmp_path) is not None
-    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, int])) == 1
+    assert len(msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[int, int]])) == 1
     told = msgspec.structs.replace(auto, dense_below_tokens=5)
     assert measured(told, place, tmp_path) is told
     assert measured(None, place, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("selecting_s", "expected"),
+    [((0.9, 2.9), (1536, 4096)), ((2.9, 0.9), (4096, 1536)), ((8.0, 99.0), (NEVER, NEVER))],
+)
+def test_the_crossover_is_where_reading_and_selecting_are_faster_than_reading_all(
+    selecting_s: tuple[float, float], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which 1,024 keys take a second, and selecting for a prompt or a generated token these."""
+    now_s = 0.0
+
+    class FakeCall:
+        def __init__(self, runs: Sequence[Run], spans: Sequence[Span], _: object) -> None:
+            run, span = runs[0], spans[0]
+            assert [own.one_by_one for own in runs] == [span.length == 1] * len(runs)
+            self.takes_s = span.end / 1024
+            if run.sparse is not None:
+                self.takes_s = run.sparse.budget(is_generated=run.one_by_one) / 1024
+                self.takes_s += selecting_s[run.one_by_one]
+
+        def __call__(self, *_: object) -> None:
+            nonlocal now_s
+            now_s += self.takes_s
+
+    monkeypatch.setattr(crossover, "Call", FakeCall)
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
+    sparse = SparseAttention(budget_tokens=512, dense_below_tokens=0, dense_layers=(0,))
+    assert crossover._measure(sparse, place) == expected
 
 
 def test_a_crossover_that_cannot_be_measured_or_kept_is_refused(tmp_path: Path) -> None:
@@ -340,7 +378,7 @@ def test_a_crossover_that_is_known_needs_no_writing_and_one_that_is_not_says_why
 ) -> None:
     place = Place(layout=empty_store().layout, num_q_heads=Q_HEADS, device=torch.device("cpu"))
     auto = SparseAttention(budget_tokens=704)
-    monkeypatch.setattr(crossover, "_measure", lambda *_: 4096)
+    monkeypatch.setattr(crossover, "_measure", lambda *_: (4096, 8192))
     for owner, name, code in ((fcntl, "flock", errno.ENOLCK), (json, "dump", errno.ENOSPC)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails_with(code))
@@ -349,7 +387,7 @@ def test_a_crossover_that_is_known_needs_no_writing_and_one_that_is_not_says_why
     found = measured(auto, place, tmp_path)
     for owner, name in ((Path, "mkdir"), (fcntl, "flock"), (json, "dump")):
         monkeypatch.setattr(owner, name, fails_with(errno.EROFS))
-    assert measured(auto, place, tmp_path) == found == msgspec.structs.replace(auto, dense_below_tokens=4096)
+    assert measured(auto, place, tmp_path) == found == auto.with_crossover(4096, 8192)
 
 
 def test_boards_of_different_kinds_share_one_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,11 +84,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "less in decode": {"budget_tokens": 512, "decode_budget_tokens": 128},
     "every block a candidate": {"candidate_tokens": 8192},
     "more in decode, dense at first": {"decode_budget_tokens": 512, "dense_below_tokens": 300},
+    "dense for longer in decode": {"decode_dense_below_tokens": 768},
+    "quest": {"selector": "quest", "top_p": None},
+    "mean_pool": {"selector": "mean_pool"},
+    "two_stage": {"selector": "two_stage"},
 }
+SLOW = ("quest", "mean_pool")  # no C++ of their own
 
 
 @pytest.mark.usefixtures("no_leftovers")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS]
+)
 def test_tokens_of_every_setting_are_equal_however_they_are_served(
     tiny_directory: Path, variant: str
 ) -> None:
@@ -103,7 +110,9 @@ def test_tokens_of_every_setting_are_equal_however_they_are_served(
             "lease_s": 0.8,
         },
     }
-    batch, params = prompts(*SHORT, 300, 700, 840), greedy(MAX_TOKENS)
+    batch = prompts(*SHORT, 300, 700, 840)
+    sampled = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.9, top_p=0.95, seed=1, ignore_eos=True)
+    params = [greedy(MAX_TOKENS), sampled] * (len(batch) // 2) + [greedy(MAX_TOKENS)]
     found, retried = {}, {}
     for name, way in ways.items():
         with tiny_llm(tiny_directory, attention=sparse, **way) as llm:
@@ -261,16 +270,15 @@ def test_auto_stands_for_what_was_measured_for_requests_too(
     assert short.attention["prefill"].share_of_pairs == 1.0, "it fits in the budget of 4,096"
     path = tmp_path / "crossover.json"
     (key,) = json.loads(path.read_text())
-    path.write_text(json.dumps({key: 500}))
+    path.write_text(json.dumps({key: [500, 850]}))
     with tiny_llm(tiny_directory, attention="auto") as llm:
         (auto,) = llm.generate([prompt], greedy(40, attention=own))
     with tiny_llm(tiny_directory, attention="sparse") as llm:
         told, others = (
-            llm.generate([prompt], greedy(40, attention=msgspec.structs.replace(own, dense_below_tokens=n)))[
-                0
-            ]
-            for n in (500, 0)
+            llm.generate([prompt], greedy(40, attention=own.with_crossover(*numbers)))[0]
+            for numbers in ((500, 850), (500, None))
         )
     assert (auto.token_ids, auto.attention, auto.sparse) == (told.token_ids, told.attention, told.sparse)
-    assert auto.sparse == msgspec.structs.replace(own, dense_below_tokens=500)
-    assert auto.attention["prefill"] != others.attention["prefill"]
+    assert auto.sparse == own.with_crossover(500, 850)
+    assert auto.attention["prefill"] == others.attention["prefill"]
+    assert auto.attention["decode"] != others.attention["decode"]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from kvrelay import LLM, EngineConfig, SparseAttention
@@ -647,9 +646,7 @@ def test_what_was_computed_under_another_crossover_is_not_found(
     }
     found = []
     for dense_below, own in ((768, sizes), (0, sizes), (0, {}), (0, sizes)):
-        monkeypatch.setattr(
-            loading, "measured", lambda *_, n=dense_below: replace(auto, dense_below_tokens=n)
-        )
+        monkeypatch.setattr(loading, "measured", lambda *_, n=dense_below: auto.with_crossover(n, n))
         with tiny_llm(tiny_directory, mode="colocated", attention=auto, **own) as llm:
             found += llm.generate(prompts(800), greedy(1, logprobs=0))
     first, second, plain, last = (output.logprobs[0].logprob for output in found)
@@ -657,6 +654,19 @@ def test_what_was_computed_under_another_crossover_is_not_found(
     assert last == pytest.approx(plain, abs=1e-4)
     assert abs(first - second) > 1e-3, "it was meant to matter"
     assert [output.num_cached_tokens for output in found] == [0, 0, 0, 768]
+
+
+@pytest.mark.parametrize(
+    ("field", "least"), [("kv_host_bytes", BLOCK_BYTES), ("kv_file_bytes", BLOCK_BYTES + HEADER)]
+)
+def test_a_tier_that_no_block_fits_in_is_refused(
+    tiny_directory: Path, tmp_path: Path, field: str, least: int
+) -> None:
+    settings: dict[str, Any] = {"kv_file_directory": str(tmp_path)} if field == "kv_file_bytes" else {}
+    with pytest.raises(InvalidConfig, match=f"{field}={least - 1}: expected 0 or at least {least} bytes"):
+        tiny_llm(tiny_directory, **{field: least - 1}, **settings)
+    with tiny_llm(tiny_directory, **{field: least}, **settings):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,30 @@ def test_decode_lists_at_every_length_edge(impl: str, working_dtype: torch.dtype
         assert not length or {0, own} <= set(listed)
 
 
+@pytest.mark.parametrize("selector", ["tree", "two_stage"])
+def test_decode_lists_do_not_depend_on_who_reads_the_same_pages(
+    impl: str, working_dtype: torch.dtype, selector: str
+) -> None:
+    """Heads with lists of their own are sequences over the same pages, whose candidates differ."""
+    batch = make_batch([(64 * 40 + 9, 1), (64 * 40 + 9, 1), (64 * 7, 1)], seed=5, dtype=working_dtype)
+    order = [0, 2, 0, 1, 0]
+    shared = replace(batch.kv, block_table=batch.kv.block_table[order], seq_lens=batch.kv.seq_lens[order])
+    q = decode_queries(replace(batch, kv=shared))
+    config = kk.SelectionConfig(budget=4, selector=selector, candidate_factor=1.5)
+    stats = kk.kv_block_stats(batch.kv)
+    together = kk.select_blocks(q, shared, config, stats=stats, impl=impl)
+    reference = kk.select_blocks(q, shared, config, stats=stats, impl="reference")
+    for row in range(5):
+        own = replace(
+            shared, block_table=shared.block_table[row : row + 1], seq_lens=shared.seq_lens[row : row + 1]
+        )
+        alone = kk.select_blocks(q[row : row + 1], own, config, stats=stats, impl=impl)
+        assert torch.equal(together.indices[row], alone.indices[0])
+        for head in range(2):
+            assert lists(together, row, head) == lists(reference, row, head)
+    assert not torch.equal(together.indices[0], together.indices[2])
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_budget_of_all_equals_dense(impl: str, working_dtype: torch.dtype, selector: str) -> None:
     batch = make_batch([(0, 64 * 9 + 7), (128, 65)], dtype=working_dtype)

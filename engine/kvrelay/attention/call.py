@@ -51,7 +51,7 @@ def selection_config(sparse: SparseAttention, num_pages: int, *, one_by_one: boo
         selector=sparse.selector,
         sink_blocks=sinks,
         local_blocks=recent,
-        top_p=None if sparse.selector == "local" else sparse.top_p,  # it estimates no shares
+        top_p=sparse.top_p,
     )
     factor = max(config.candidate_factor, (candidates + 0.5) / config.budget)
     every_row_ranks = sparse.exact and not one_by_one  # a single row ranks by itself anyway

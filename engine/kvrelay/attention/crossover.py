@@ -29,6 +29,11 @@ from kvrelay_kernels.cpu.native.library import instruction_set, library
 FILE = "crossover.json"
 MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
 NEVER = 2**31 - 1
+DECODE_BATCH = 4
+BLOCKS_APART, ROWS_APART = (
+    4.0,
+    0.5,
+)  # `top_p` then keeps about as many keys as of text: 1,600 of 8K, 3,000 of 32K
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,36 +53,48 @@ class Place:
 def measured(
     sparse: SparseAttention | None, place: Place, home: Path | None = None
 ) -> SparseAttention | None:
-    """The settings with `dense_below_tokens` as a number.
+    """The settings with `dense_below_tokens` and `decode_dense_below_tokens` as numbers.
 
-    What is timed is one group of prompt rows at the end of a longer and longer sequence: all of it dense,
-    against selecting and reading the budget. Takes seconds, once per machine, model shape and settings.
-    Raises `InvalidConfig` where the file has no answer and cannot be written.
+    What is timed is one group of prompt rows, and a small batch of generated ones, at the end of longer and
+    longer sequences of random keys, alike within a block as a text's are: all of it dense, against selecting
+    and reading what is selected. Takes seconds, once per machine, model shape and settings. Raises
+    `InvalidConfig` where the file has no answer and cannot be written.
     """
     if sparse is None or sparse.dense_below_tokens != "auto":
         return sparse
     path = (cache_home() if home is None else home) / FILE
-    always = msgspec.structs.replace(sparse, dense_below_tokens=0)
-    tokens = _remembered(path, _key(always, place), lambda: _measure(always, place))
-    return msgspec.structs.replace(sparse, dense_below_tokens=tokens)
+    always = msgspec.structs.replace(sparse, dense_below_tokens=0, decode_dense_below_tokens=None)
+    prompt, generated = _remembered(path, _key(always, place), lambda: _measure(always, place))
+    return sparse.with_crossover(prompt, generated)
 
 
-def _measure(sparse: SparseAttention, place: Place) -> int:
-    budget = sparse.budget_tokens
+def _measure(sparse: SparseAttention, place: Place) -> tuple[int, int]:
+    prompt = _measure_phase(sparse, place, is_generated=False)
+    return prompt, _measure_phase(sparse, place, is_generated=True)
+
+
+def _measure_phase(sparse: SparseAttention, place: Place, *, is_generated: bool) -> int:
+    rows, num_sequences = (1, DECODE_BATCH) if is_generated else (GROUP_TOKENS, 1)
+    budget = sparse.budget(is_generated=is_generated)
     lengths = [int(budget * factor) // GROUP_TOKENS * GROUP_TOKENS for factor in (1.5, 2, 3, 4, 6, 8, 16)]
     lengths = [length for length in lengths if length <= MAX_TOKENS] or [2 * budget]
     blocks = max(lengths) // BLOCK_TOKENS
     layer = msgspec.structs.replace(place.layout, num_layers=1)
-    buffer = memoryview(bytearray(memory_bytes(layer, blocks, keeps_stats=True)))
-    scratch = KVStore(layer, blocks, buffer, place.device, keeps_stats=True)
+    tables = [range(number * blocks, (number + 1) * blocks) for number in range(num_sequences)]
+    buffer = memoryview(bytearray(memory_bytes(layer, num_sequences * blocks, keeps_stats=True)))
+    scratch = KVStore(layer, num_sequences * blocks, buffer, place.device, keeps_stats=True)
     scratch.pages.normal_()
-    scratch.refresh_stats(range(blocks), max(lengths))
-    shape = (GROUP_TOKENS, place.num_q_heads, layer.head_dim)
-    q = torch.randn(shape, device=place.device).to(scratch.pages.dtype)
+    scratch.pages += BLOCKS_APART * torch.randn_like(scratch.pages[..., :1, :])
+    for table in tables:
+        scratch.refresh_stats(table, max(lengths))
+    apart = torch.randn((num_sequences * rows, place.num_q_heads, layer.head_dim), device=place.device)
+    q = (torch.randn_like(apart[:1]) + ROWS_APART * apart).to(scratch.pages.dtype)
 
     def run(length: int, chosen: SparseAttention | None) -> None:
-        span = Span(length - GROUP_TOKENS, GROUP_TOKENS, range(blocks), chosen, length)
-        Call(runs_of([span]), [span], scratch.pages)(0, q, scratch.layer(0), scratch.stats(0))
+        start = length - rows
+        prompt_end = start if is_generated else length
+        spans = [Span(start, rows, table, chosen, prompt_end) for table in tables]
+        Call(runs_of(spans), spans, scratch.pages)(0, q, scratch.layer(0), scratch.stats(0))
 
     every_layer = msgspec.structs.replace(sparse, dense_layers=())
     found = measure_crossover(lambda n: run(n, None), lambda n: run(n, every_layer), lengths)
@@ -99,7 +116,7 @@ def _key(sparse: SparseAttention, place: Place) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def _remembered(path: Path, key: str, measure: Callable[[], int]) -> int:
+def _remembered(path: Path, key: str, measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """The file's answer, or a new one written to it; whoever comes second waits for the first."""
     known = _read(path)
     try:
@@ -119,9 +136,9 @@ def _remembered(path: Path, key: str, measure: Callable[[], int]) -> int:
     return known[key]
 
 
-def _read(path: Path) -> dict[str, int]:
+def _read(path: Path) -> dict[str, tuple[int, int]]:
     """What is known so far; a file that is not ours to read is measured anew."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[int, int]])
     except (OSError, msgspec.DecodeError):
         return {}

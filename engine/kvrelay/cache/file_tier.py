@@ -19,6 +19,7 @@ from kvrelay.errors import InvalidConfig
 
 MAGIC = b"kvrelay KV block 2\n"
 DIGEST_BYTES = 16
+HEADER_BYTES = len(MAGIC) + DIGEST_BYTES
 SUFFIX = ".kvblock"
 LOCK = "lock"
 LOCK_WAIT_S = 8.0  # workers whose engine was killed may write for five seconds yet
@@ -64,7 +65,7 @@ class FileTier:
             return self._num_bytes
 
     def put(self, name: bytes, data: Content) -> list[tuple[bytes, Content]]:
-        size = len(MAGIC) + DIGEST_BYTES + len(data)
+        size = HEADER_BYTES + len(data)
         with self._changed:
             if name in self._sizes:
                 self._sizes.move_to_end(name)
@@ -228,9 +229,8 @@ def _read(path: Path, name: bytes, size: int) -> Content | None:
             file.readinto(content)
     except OSError:
         return None
-    header = len(MAGIC) + DIGEST_BYTES
-    data = memoryview(content)[header:]
-    return data if content[:header] == MAGIC + _digest(name, data) else None
+    data = memoryview(content)[HEADER_BYTES:]
+    return data if content[:HEADER_BYTES] == MAGIC + _digest(name, data) else None
 
 
 def _digest(name: bytes, data: Content) -> bytes:

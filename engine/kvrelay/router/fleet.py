@@ -5,8 +5,6 @@ Pure: keeps books, decides nothing and sends nothing.
 
 from collections.abc import Sequence
 
-import msgspec
-
 from kvrelay.cache.prefix import Prefixes
 from kvrelay.errors import KVRelayError, NoWorker, PoolTooSmall, WorkerFailed
 from kvrelay.metrics import WorkerTotals
@@ -81,10 +79,10 @@ class Fleet:
         return None
 
     def sparse_of(self, params: SamplingParams) -> SparseAttention | None:
-        """The settings of a request with these parameters, `"auto"` as a number; None is dense."""
-        sparse, measured = sparse_settings(self._settings.attention), self._layout.dense_below_tokens
-        if sparse is not None and measured is not None:
-            sparse = msgspec.structs.replace(sparse, dense_below_tokens=measured)
+        """The settings of a request with these parameters, `"auto"` as numbers; None is dense."""
+        sparse, measured = sparse_settings(self._settings.attention), self._layout
+        if sparse is not None and measured.dense_below_tokens is not None:
+            sparse = sparse.with_crossover(measured.dense_below_tokens, measured.decode_dense_below_tokens)
         return settings_of(params.attention, sparse)
 
     def job(self, request: RoutedRequest) -> Job:

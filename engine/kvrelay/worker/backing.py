@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvrelay.cache.file_tier import FileTier
+from kvrelay.cache.file_tier import HEADER_BYTES, FileTier
 from kvrelay.cache.store import KVStore
 from kvrelay.cache.tiers import Content, HostTier, Tier, Tiers
 from kvrelay.config import WorkerConfig
+from kvrelay.errors import InvalidConfig
 from kvrelay.types import BLOCK_SIZE
 
 CLOSE_S = 5.0  # a worker that stops has so long to write its blocks to files
@@ -60,8 +61,17 @@ class PageBacking:
 
 
 def open_backing(config: WorkerConfig, store: KVStore, counters: Counter[str]) -> PageBacking | None:
-    """The tiers that the settings ask for; None for none. Raises `InvalidConfig` for a bad directory."""
-    engine = config.engine
+    """The tiers that the settings ask for; None for none.
+
+    Raises `InvalidConfig` for a bad directory, and for a tier that not even one block fits in.
+    """
+    engine, block = config.engine, store.layout.block_bytes
+    for field, least in (("kv_host_bytes", block), ("kv_file_bytes", block + HEADER_BYTES)):
+        if 0 < getattr(engine, field) < least:
+            raise InvalidConfig(
+                f"{field}={getattr(engine, field)}: expected 0 or at least {least} bytes, "
+                f"{BLOCK_SIZE} tokens of this model's KV"
+            )
     tiers: list[Tier] = []
     files: FileTier | None = None
     if engine.kv_host_bytes:

@@ -65,7 +65,11 @@ def load_parts(
     sparse = measured(config.engine.sparse(), place_of(config, layout, spec, device))
     if sparse is not None:
         assert sparse.dense_below_tokens != "auto"
-        layout = msgspec.structs.replace(layout, dense_below_tokens=sparse.dense_below_tokens)
+        layout = msgspec.structs.replace(
+            layout,
+            dense_below_tokens=sparse.dense_below_tokens,
+            decode_dense_below_tokens=sparse.decode_dense_below_tokens,
+        )
     count = size_pool(config.engine, layout, spec, device, config.num_workers)
     has_steps = has_decode_steps(config.engine, decoder)
     site = Site(worker_id=config.worker_id, epoch=config.epoch, run_directory=config.run_directory, hub=hub)
