@@ -10,14 +10,14 @@ import pytest
 
 from kvrelay.experiments import record
 
-RECORD = "benchmarks/results/peers.json"
+RECORD, PICTURE = "benchmarks/results/peers.json", "docs/peers.png"
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository with the module that makes records, a record, and a page."""
+    """A repository with the module that makes records, a record, a picture, and a page."""
     module = tmp_path / "engine/record.py"
-    for path in (module, tmp_path / RECORD, tmp_path / "page.md"):
+    for path in (module, tmp_path / RECORD, tmp_path / PICTURE, tmp_path / "page.md"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     shutil.copy(record.__file__, module)
@@ -43,6 +43,7 @@ def test_a_changed_file_makes_a_record_dirty_but_an_earlier_record_does_not(chec
     assert len(str(first["commit"])) == 40
 
     (checkout / RECORD).write_text('{"another": "run"}')
+    (checkout / PICTURE).write_text("of another run")
     assert made_in(checkout)["dirty"] is False
 
     (checkout / "page.md").write_text("changed")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "kvrelay.record/1"
-RECORDS = "benchmarks/results"  # what earlier programs left there changes nothing that runs
+LEFT_BY_PROGRAMS = ("benchmarks/results", "docs/*.png")  # what earlier ones left changes nothing that runs
 LIBRARIES = ("kvrelay", "torch", "triton", "transformers", "numpy")
 
 
@@ -97,7 +97,8 @@ def _source_state() -> tuple[str | None, bool | None]:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!/{RECORDS}")
+        others = [f":!/{pattern}" for pattern in LEFT_BY_PROGRAMS]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None, None
