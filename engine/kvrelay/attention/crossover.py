@@ -30,10 +30,10 @@ FILE = "crossover.json"
 MAX_TOKENS = 32768  # measured up to here; where selection never paid by then, it is not used at all
 NEVER = 2**31 - 1
 DECODE_BATCH = 4
-BLOCKS_APART, ROWS_APART = (
-    4.0,
-    0.5,
-)  # `top_p` then keeps about as many keys as of text: 1,600 of 8K, 3,000 of 32K
+BLOCKS_APART = (
+    4.0  # and rows half as far as a deviation: of a prompt `top_p` then keeps about as many keys as of
+)
+ROWS_APART = 0.5  # text, 1,600 of 8K and 3,000 of 32K
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
