@@ -16,6 +16,8 @@ many, and counts them as often as the model has them.
 """
 
 import argparse
+import os
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +35,7 @@ from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
+from kvrelay.launch import SHORT_WAITS, worker_environment
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
 from kvrelay.models.native import NativeDecoder
@@ -343,4 +346,6 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if not SHORT_WAITS.keys() <= os.environ.keys():  # read when torch is loaded: start again, as a worker
+        os.execve(sys.executable, sys.orig_argv, worker_environment())
     main()

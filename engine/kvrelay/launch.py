@@ -23,6 +23,9 @@ from kvrelay.transport import is_in_process
 from kvrelay.types import WorkerId
 
 LOG_LINES = 12
+# OpenMP's threads (torch's) look for more work this often, some tens of microseconds, as our kernels' own do.
+# Of themselves they do for milliseconds, on cores that the next kernel needs.
+SHORT_WAITS = {"GOMP_SPINCOUNT": "2000"}
 MAX_SOCKET_PATH = 60  # a Unix socket's path ends at 107 bytes; ours add a name to the directory
 
 
@@ -141,16 +144,21 @@ def make_run_directory() -> str:
     return directory
 
 
-def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def worker_environment() -> dict[str, str]:
+    """This process's, with our packages on the path, and `SHORT_WAITS` where it does not set its own."""
     source_roots = [str(Path(__file__).resolve().parent.parent), *_kernel_roots()]
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *source_roots]
+    return {**SHORT_WAITS, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "kvrelay.worker"],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=worker_environment(),
     )
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(config) + b"\n")

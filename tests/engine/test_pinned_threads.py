@@ -1,4 +1,4 @@
-"""Workers get cores of their own when together they take the whole machine, and only then."""
+"""Workers get cores of their own when together they take the whole machine; their threads wait briefly."""
 
 from pathlib import Path
 
@@ -66,3 +66,17 @@ def test_processes_run_on_their_cores_and_threads_of_this_one_anywhere(tiny_dire
     assert bound["shm", "prefill"] == [first]
     assert bound["shm", "decode"] == [second]
     assert bound["inproc", "prefill"] == bound["inproc", "decode"] == [first, second]
+
+
+@pytest.mark.parametrize(("own", "found"), [(None, "2000"), ("7", "7")])
+def test_openmp_of_a_worker_waits_briefly_unless_told(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, found: str
+) -> None:
+    if own is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    else:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    with tiny_llm(tiny_directory, mode="colocated", transport="shm") as llm:
+        llm.generate(prompts(5), greedy(2))
+        (worker,) = llm.report().workers
+        assert psutil.Process(worker.pid).environ()["GOMP_SPINCOUNT"] == found

@@ -38,9 +38,11 @@ class PagedAttention:
         if self._completed:
             self._store.update_stats(layer, self._completed)
         stats = self._store.stats(layer)
-        out = torch.empty_like(q)
-        for rows, call in self._calls:
-            out[rows] = call(layer, q[rows], (k_pages, v_pages), stats)
+        parts = [(rows, call(layer, q[rows], (k_pages, v_pages), stats)) for rows, call in self._calls]
+        out = parts[0][1] if len(parts) == 1 else torch.empty_like(q)
+        if len(parts) > 1:
+            for rows, part in parts:
+                out[rows] = part
         for watch in self._watches:
             if watch is not None and watch(layer, q[watch.row]):
                 out[watch.row] = out[watch.row].nan_to_num()  # of no use, but later layers compute with it
