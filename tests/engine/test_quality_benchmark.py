@@ -151,7 +151,8 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         cell("needle", "dense", 2048, 0, **{"5": 0.5}),  # sparse has not got that far
         cell("text", "dense", 6144, 0, nll=2.0, top1=1.0, kl=0.0),
         cell("text", "sparse", 6144, 0, nll=2.1, top1=0.9, kl=0.1),
-        cell(RULER[0], "dense", 4096, 0, a=1.0),
+        *(cell(task, "dense", 4096, 0, a=1.0) for task in RULER),
+        *(cell(task, "sparse", 4096, 0, a=1.0) for task in RULER[:-1]),  # not yet all of RULER
     ]
     grouped: dict[str, dict[Any, Any]] = {}
     for one in cells:
@@ -167,7 +168,9 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         "1024": {"5": {"found": 1.0, "asked": 1}, "15": {"found": 1.0, "asked": 1}},
         "2048": {"5": {"found": 0.5, "asked": 1}},
     }
-    assert quality_report._ruler(grouped["dense"]) == {f"{RULER[0]} 4096": {"score": 1.0, "questions": 1}}
+    assert quality_report._ruler(grouped["dense"]) == {
+        f"{task} 4096": {"score": 1.0, "questions": 1} for task in RULER
+    }
 
 
 def row(name: str, **counts: int) -> dict[str, Any]:
