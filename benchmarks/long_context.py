@@ -35,7 +35,7 @@ from kvrelay.attention import PagedAttention, Span
 from kvrelay.cache.memory import memory_bytes
 from kvrelay.cache.store import KVStore
 from kvrelay.config import cache_home
-from kvrelay.launch import SHORT_WAITS, worker_environment
+from kvrelay.launch import SETS_WAITS, worker_environment
 from kvrelay.models.decoder import Decoder
 from kvrelay.models.loading import load_model
 from kvrelay.models.native import NativeDecoder
@@ -310,7 +310,8 @@ def main() -> None:
     write_record(
         "long-context-cpu" if options.device == "cpu" else "long-context-gpu",
         settings={**vars(options), "model": model.impl, "attention": msgspec.to_builtins(sparse)}
-        | {"threads": torch.get_num_threads(), "num_layers": num_layers, "dtype": str(model.dtype)},
+        | {"threads": torch.get_num_threads(), "num_layers": num_layers, "dtype": str(model.dtype)}
+        | {name: os.environ.get(name) for name in sorted(SETS_WAITS)},
         gate={
             "passed": all(0.75 < ratio < 1.33 for own in ratios.values() for ratio in own.values()),
             "sum of chunks over whole prefill": ratios,
@@ -346,6 +347,6 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if not SHORT_WAITS.keys() <= os.environ.keys():  # read when torch is loaded: start again, as a worker
+    if not SETS_WAITS & os.environ.keys():  # read when torch is loaded: start again, as a worker
         os.execve(sys.executable, sys.orig_argv, worker_environment())
     main()

@@ -6,10 +6,9 @@
 A sample (part, settings, lengths, seed) is read once and asked at each of its lengths. Every such cell is
 a line of `--cells` that names the settings and the commit it was measured with; with other settings it is
 measured anew, and several processes may share the file. A row says how many it has, and what dense scores on
-those same ones; a part of a row (texts, needles, RULER) of which the record before has more stays as it is
-there. Where a context fits in a budget, selection takes everything: the cell is dense's. `default` reads as
-much as its heads need, up to 4,096 keys, `p95` less of that, about as much as `1024`; both are sparse from
-the first token here. Numbers are budgets.
+those same ones. Where a context fits in a budget, selection takes everything: the cell is dense's. `default`
+reads as much as its heads need, up to 4,096 keys, `p95` less of that, about as much as `1024`; both are
+sparse from the first token here. Numbers are budgets.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Cells of the quality benchmark to one table, record and heat map, each beside dense on the same cells."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,11 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-import msgspec
-
-from kvrelay.sparse import AttentionUse, SparseAttention
+from kvrelay.sparse import AttentionUse
 from quality_tasks import DEPTHS, RULER
-from record import RESULTS, write_record
+from record import write_record
 
 COLUMNS = (
     "top1",
@@ -26,18 +23,6 @@ COLUMNS = (
     "ruler",
     "ruler_of_dense",
 )
-NEEDLES, TASKS = "needles_by_length_and_depth", "ruler_by_task_and_length"
-PARTS = {
-    "texts": ("texts", ("texts", *COLUMNS[:6]), None),
-    **{
-        part: (
-            f"num_{part}_questions",
-            (part, f"{part}_of_dense", f"num_{part}_questions", f"{part}_standard_error"),
-            details,
-        )
-        for part, details in (("needle", NEEDLES), ("ruler", TASKS))
-    },
-}  # of a row: how many samples it has, its columns, and where its details are
 PANELS_ABREAST = 7
 HEAT_MAP = Path(__file__).parents[1] / "docs" / "quality-needles.png"
 Key = tuple[str, int, int]  # part, length, seed
@@ -57,17 +42,17 @@ class Cell(Protocol):
 
 
 def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, Any]) -> None:
-    """Print the table, write the record and the heat map; what the record before has more of stays."""
+    """Print the table, write the record and the heat map. Settings without any cell are left out."""
     by_settings: dict[str, dict[Key, Any]] = defaultdict(dict)
     for cell in cells:
         by_settings[cell.settings][cell.part, cell.length, cell.seed] = cell
-    measured = {
-        "table": {name: _row(by_settings, name) for name in settings},
-        NEEDLES: {name: _needles(by_settings[name]) for name in settings},
-        TASKS: {name: _ruler(by_settings[name]) for name in settings},
+    names = [name for name in settings if by_settings[name]]
+    results = {
+        "table": {name: _row(by_settings, name) for name in names},
+        "needles_by_length_and_depth": {name: _needles(by_settings[name]) for name in names},
+        "ruler_by_task_and_length": {name: _ruler(by_settings[name]) for name in names},
+        "cells_by_commit": dict(Counter(cell.commit for cell in cells)),
     }
-    path = RESULTS / "quality.json"
-    results = with_earlier(measured, settings, json.loads(path.read_text()) if path.exists() else None)
     print(" | ".join(["settings", *COLUMNS]))
     for name, row in results["table"].items():
         print(" | ".join([name, *(_shown(row[column]) for column in COLUMNS)]))
@@ -75,45 +60,9 @@ def report(cells: Sequence[Any], checks: dict[str, bool], settings: dict[str, An
         "quality",
         settings=settings,
         gate={"passed": all(checks.values()), "checks": checks},
-        results={**results, "cells_by_commit": dict(Counter(cell.commit for cell in cells))},
+        results=results,
     )
-    heat_map(results[NEEDLES], HEAT_MAP)  # last: the record says what changed before
-
-
-def with_earlier(
-    measured: dict[str, dict[str, Any]], settings: dict[str, Any], record: dict[str, Any] | None
-) -> dict[str, dict[str, Any]]:
-    """What was measured, but for parts of rows of which `record`, with the same settings, has more samples.
-
-    `kept_from` names the commit at which each of those was reported. Rows without any sample are left out.
-    """
-    results: dict[str, dict[str, Any]] = {**{part: {} for part in measured}, "kept_from": {}}
-    for name in settings:
-        found = {part: own[name] for part, own in measured.items()}
-        kept = {}
-        if record and name in record["results"]["table"] and _same(record["settings"][name], settings[name]):
-            before = {part: record["results"][part][name] for part in measured}
-            for part, (count, columns, details) in PARTS.items():
-                if before["table"][count] > found["table"][count]:
-                    found["table"] = found["table"] | {column: before["table"][column] for column in columns}
-                    found |= {details: before[details]} if details else {}
-                    reported = record["results"].get("kept_from", {}).get(name, {})
-                    kept[part] = reported.get(part, record["commit"])
-        if any(found["table"][count] for count, _, _ in PARTS.values()):
-            for part, own in found.items():
-                results[part][name] = own
-        if kept:
-            results["kept_from"][name] = kept
-    return results
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Of settings as records have them: one that an earlier record does not name has its default."""
-    return _read(one) == _read(other)
-
-
-def _read(settings: Any) -> SparseAttention | None:
-    return msgspec.convert(settings, SparseAttention | None)
+    heat_map(results["needles_by_length_and_depth"], HEAT_MAP)  # last: the record says what changed before
 
 
 def heat_map(needles: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:
@@ -164,8 +113,8 @@ def _row(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, Any]:
     }
     for part, tasks in (("needle", ("needle",)), ("ruler", RULER)):
         keys = [key for key in shared if key[0] in tasks]
-        if {key[0] for key in keys} != set(tasks):
-            keys = []  # a mean over some of the tasks is another benchmark's
+        if part == "ruler" and {key[:2] for key in keys} != _asked_of(dense):
+            keys = []  # a mean over some of the tasks, or of their lengths, is another benchmark's
         scores, of_dense = (_by_task(found, keys) for found in (own, dense))
         row |= {
             part: _mean(fmean(task) for task in scores.values()),
@@ -174,6 +123,11 @@ def _row(by_settings: dict[str, dict[Key, Any]], name: str) -> dict[str, Any]:
             f"{part}_standard_error": _standard_error(list(scores.values())),
         }
     return row
+
+
+def _asked_of(dense: dict[Key, Any]) -> set[tuple[str, int]]:
+    """Every task of RULER at each length that dense was asked one at."""
+    return {(task, length) for asked, length, _ in dense if asked in RULER for task in RULER}
 
 
 def _by_task(found: dict[Key, Any], keys: Sequence[Key]) -> dict[tuple[str, int], list[float]]:

@@ -224,13 +224,7 @@ def quality(record: dict[str, Any]) -> str:
             text += [f"{row['top1']:.1%}", f"{row['kl']:.3f}"]
             text += [f"{row['ppl_ratio']:.3f}", f"{row['greedy_match']:.3g}"]
         rows.append([f"`{name}`", *text, _beside_dense(row, "needle"), _beside_dense(row, "ruler")])
-    kept = record["results"].get("kept_from", {})
-    as_of = "".join(
-        f"; {part} of `{name}` as reported at {commit[:7]}"
-        for name, parts in kept.items()
-        for part, commit in parts.items()
-    )
-    return _table(rows) + _source(record, "quality.json") + as_of
+    return _table(rows) + _source(record, "quality.json")
 
 
 def _beside_dense(row: dict[str, Any], part: str) -> str:
@@ -239,7 +233,8 @@ def _beside_dense(row: dict[str, Any], part: str) -> str:
     if not count:
         return "-"
     own, error, dense = (100 * row[f"{part}{suffix}"] for suffix in ("", "_standard_error", "_of_dense"))
-    return f"{own:.0f} ± {error:.0f} % ({dense:.0f} %), n = {count}"
+    spread = f" ± {error:.0f}" if error else ""  # each task's answers all alike: no binomial error to tell
+    return f"{own:.0f}{spread} % ({dense:.0f} %), n = {count}"
 
 
 TABLES = {

@@ -26,6 +26,7 @@ LOG_LINES = 12
 # OpenMP's threads (torch's) look for more work this often, some tens of microseconds, as our kernels' own do.
 # Of themselves they do for milliseconds, on cores that the next kernel needs.
 SHORT_WAITS = {"GOMP_SPINCOUNT": "2000"}
+SETS_WAITS = SHORT_WAITS.keys() | {"OMP_WAIT_POLICY"}
 MAX_SOCKET_PATH = 60  # a Unix socket's path ends at 107 bytes; ours add a name to the directory
 
 
@@ -145,10 +146,11 @@ def make_run_directory() -> str:
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's, with our packages on the path, and `SHORT_WAITS` where it does not set its own."""
+    """This process's, with our packages on the path, and `SHORT_WAITS` unless it says how OpenMP waits."""
     source_roots = [str(Path(__file__).resolve().parent.parent), *_kernel_roots()]
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *source_roots]
-    return {**SHORT_WAITS, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    waits = {} if SETS_WAITS & os.environ.keys() else SHORT_WAITS
+    return {**waits, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _start(config: WorkerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -68,15 +68,25 @@ def test_processes_run_on_their_cores_and_threads_of_this_one_anywhere(tiny_dire
     assert bound["inproc", "prefill"] == bound["inproc", "decode"] == [first, second]
 
 
-@pytest.mark.parametrize(("own", "found"), [(None, "2000"), ("7", "7")])
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "2000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+    ids=str,
+)
 def test_openmp_of_a_worker_waits_briefly_unless_told(
-    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, found: str
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, str], found: dict[str, str]
 ) -> None:
-    if own is None:
-        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    else:
-        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
     with tiny_llm(tiny_directory, mode="colocated", transport="shm") as llm:
         llm.generate(prompts(5), greedy(2))
         (worker,) = llm.report().workers
-        assert psutil.Process(worker.pid).environ()["GOMP_SPINCOUNT"] == found
+        environment = psutil.Process(worker.pid).environ()
+    assert {name: environment[name] for name in names if name in environment} == found

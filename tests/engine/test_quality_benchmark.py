@@ -151,17 +151,19 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         cell("needle", "dense", 2048, 0, **{"5": 0.5}),  # sparse has not got that far
         cell("text", "dense", 6144, 0, nll=2.0, top1=1.0, kl=0.0),
         cell("text", "sparse", 6144, 0, nll=2.1, top1=0.9, kl=0.1),
-        *(cell(task, "dense", 4096, 0, a=1.0) for task in RULER),
-        *(cell(task, "sparse", 4096, 0, a=1.0) for task in RULER[:-1]),  # not yet all of RULER
+        *(cell(task, "dense", length, 0, a=1.0) for task in RULER for length in (4096, 7424)),
+        *(cell(task, "sparse", 4096, 0, a=1.0) for task in RULER),  # not yet at both lengths
+        *(cell(task, "some", length, 0, a=1.0) for task in RULER[1:] for length in (4096, 7424)),
     ]
     grouped: dict[str, dict[Any, Any]] = {}
     for one in cells:
         grouped.setdefault(one.settings, {})[one.part, one.length, one.seed] = one
-    dense, sparse = (quality_report._row(grouped, name) for name in ("dense", "sparse"))
+    dense, sparse, some = (quality_report._row(grouped, name) for name in ("dense", "sparse", "some"))
     assert (dense["needle"], dense["num_needle_questions"]) == (pytest.approx(2.5 / 3), 3)
     assert (sparse["needle"], sparse["needle_of_dense"], sparse["num_needle_questions"]) == (0.5, 1.0, 2)
     assert sparse["needle_standard_error"] == pytest.approx((0.25 / 2) ** 0.5)
     assert (dense["ruler"], sparse["ruler"], sparse["ruler_standard_error"]) == (1.0, None, None)
+    assert (some["ruler"], some["num_ruler_questions"]) == (None, 0)
     assert sparse["ppl_ratio"] == pytest.approx(1.10517, abs=1e-4)
     assert (sparse["greedy_match"], sparse["share_of_pairs"], sparse["tokens_per_query"]) == (2, 0.25, 1.0)
     assert quality_report._needles(grouped["dense"]) == {
@@ -169,49 +171,8 @@ def test_a_row_stands_beside_dense_on_the_same_cells() -> None:
         "2048": {"5": {"found": 0.5, "asked": 1}},
     }
     assert quality_report._ruler(grouped["dense"]) == {
-        f"{task} 4096": {"score": 1.0, "questions": 1} for task in RULER
+        f"{task} {length}": {"score": 1.0, "questions": 1} for task in RULER for length in (4096, 7424)
     }
-
-
-def row(name: str, **counts: int) -> dict[str, Any]:
-    columns = {column: name for _, columns, _ in quality_report.PARTS.values() for column in columns}
-    counted = {count: counts.get(part, 0) for part, (count, _, _) in quality_report.PARTS.items()}
-    return {**columns, **counted}
-
-
-def test_what_the_record_has_more_of_stays() -> None:
-    """By part of a row, of the same settings; nothing is lost because a run was short."""
-    details = (quality_report.NEEDLES, quality_report.TASKS)
-    settings = {"a": None, "b": {"dense_layers": (), "top_p": 0.97}, "c": {"budget_tokens": 640}, "d": None}
-    mine = {
-        "a": row("mine"),
-        "b": row("mine", needle=3, ruler=2),
-        "c": row("mine"),
-        "d": row("mine", texts=1),
-    }
-    measured = {"table": mine, **{part: dict.fromkeys(settings, "mine") for part in details}}
-    theirs = {name: row("old", needle=2, ruler=4) for name in ("gone", "a", "b", "c")}
-    results = {"table": theirs, **{part: dict.fromkeys(theirs, "old") for part in details}}
-    results["kept_from"] = {"a": {"needle": "older"}}
-    record = {
-        "commit": "old",
-        "settings": {"a": None, "b": {"dense_layers": []}, "c": {"budget_tokens": 704}},
-    }
-    found = quality_report.with_earlier(measured, settings, {**record, "results": results})
-    assert list(found["table"]) == ["a", "b", "d"], "c had other settings, and nothing of these"
-    assert found["kept_from"] == {"a": {"needle": "older", "ruler": "old"}, "b": {"ruler": "old"}}
-    assert found[quality_report.NEEDLES] == {"a": "old", "b": "mine", "d": "mine"}
-    assert found[quality_report.TASKS] == {"a": "old", "b": "old", "d": "mine"}
-    b = found["table"]["b"]
-    assert (b["needle"], b["num_needle_questions"], b["ruler"], b["num_ruler_questions"]) == (
-        "mine",
-        3,
-        "old",
-        4,
-    )
-    assert found["table"]["d"] == mine["d"]
-    alone = quality_report.with_earlier(measured, settings, None)
-    assert (list(alone["table"]), alone["kept_from"]) == (["b", "d"], {})
 
 
 @pytest.fixture
