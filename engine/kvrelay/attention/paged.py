@@ -39,8 +39,10 @@ class PagedAttention:
             self._store.update_stats(layer, self._completed)
         stats = self._store.stats(layer)
         parts = [(rows, call(layer, q[rows], (k_pages, v_pages), stats)) for rows, call in self._calls]
-        out = parts[0][1] if len(parts) == 1 else torch.empty_like(q)
-        if len(parts) > 1:
+        if len(parts) == 1:
+            out = parts[0][1]
+        else:
+            out = torch.empty_like(q)
             for rows, part in parts:
                 out[rows] = part
         for watch in self._watches:
